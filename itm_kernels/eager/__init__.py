@@ -1,0 +1,1 @@
+"""The fast algebra in plain PyTorch: any device, no compiler."""

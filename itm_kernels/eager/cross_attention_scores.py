@@ -1,0 +1,299 @@
+"""``cross_attention_scores`` by the Gram form, in blocks, in plain PyTorch.
+
+A cosine with the attended vector ``c_q = sum_k a_kq k`` needs no ``c_q``:
+
+    q . c_q = sum_k a_kq s_kq            |c_q|^2 = a_q^T G a_q,   G = K K^T
+
+so a block of scores is one library product ``S`` and an epilogue of size ``[I, R, C, W]``. The epilogue
+(:func:`scores_of_products`) is differentiable; the backward makes ``S`` again, differentiates the epilogue by autograd
+and applies the chain rule of the products by hand: ``dV = dS T``, ``dT = dS^T V``, ``(dG + dG^T) K``.
+
+Captions are taken in order of length, so that a block is padded to its own longest caption and not to the batch's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from itm_kernels.layout import offsets_of
+from itm_kernels.ops.options import ScoreOptions
+from itm_kernels.ops.pairs import score_dtype
+
+EPS = 1e-8
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+@dataclass
+class Side:
+    """The regions of some images, or the words of some captions, padded to the longest of them."""
+
+    vectors: Tensor  # [G, K, D], zero where not valid
+    valid: Tensor  # [G, K] bool
+
+    def flat(self) -> Tensor:  # [G * K, D]
+        return self.vectors.flatten(0, 1)
+
+    def gram(self) -> Tensor:  # [G, K, K]
+        wide = self.vectors.to(score_dtype(self.vectors.dtype))
+        return wide @ wide.transpose(1, 2)
+
+    def norms(self) -> Tensor:  # [G, K]
+        return torch.linalg.vector_norm(self.vectors, dim=-1, dtype=score_dtype(self.vectors.dtype))
+
+
+def scores_of_products(
+    products: Tensor,  # [I, R, C, W]
+    region_gram: Tensor | None,  # [I, R, R]; t2i
+    word_gram: Tensor | None,  # [C, W, W]; i2t
+    region_norms: Tensor,  # [I, R]
+    word_norms: Tensor,  # [C, W]
+    region_valid: Tensor,  # [I, R] bool
+    word_valid: Tensor,  # [C, W] bool
+    options: ScoreOptions,
+) -> Tensor:  # [I, C]
+    """Everything of a score that comes after the inner products. Differentiable by autograd, compiles."""
+    scores = torch.zeros((), dtype=products.dtype, device=products.device)
+    if region_gram is not None:
+        scores = scores + _attend(products, region_gram, word_norms, region_valid, word_valid, options)
+    if word_gram is not None:
+        turned = products.permute(2, 3, 0, 1)
+        scores = scores + _attend(turned, word_gram, region_norms, word_valid, region_valid, options).t()
+    return scores
+
+
+def _attend(
+    products: Tensor,  # [A, K, B, Q]: keys of A groups, queries of B groups
+    gram: Tensor,  # [A, K, K]
+    query_norms: Tensor,  # [B, Q]
+    key_valid: Tensor,  # [A, K]
+    query_valid: Tensor,  # [B, Q]
+    options: ScoreOptions,
+) -> Tensor:  # [A, B]
+    groups, keys, partners, queries = products.shape
+    key_mask = key_valid[:, :, None, None]
+    logits = options.lambda_softmax * _feature_norm(products, query_valid, options.raw_feature_norm)
+    weights = torch.softmax(logits.masked_fill(~key_mask, -torch.inf), dim=1)
+    if options.focal != "none":
+        weights = _focal(weights, key_valid.sum(1)[:, None, None, None], options.focal)
+    dot = (weights * products).sum(1)  # [A, B, Q]
+    image = (gram @ weights.flatten(2)).view(groups, keys, partners, queries)
+    quadratic = (weights * image).sum(1)
+    cosine = dot / (query_norms * _sqrt(quadratic)).clamp(min=EPS)
+    scores = _aggregate(cosine, query_valid, options)
+    if options.peak_weight:
+        scores = scores + options.peak_weight * _aggregate(weights.max(dim=1).values, query_valid, options)
+    return scores
+
+
+def _feature_norm(products: Tensor, query_valid: Tensor, name: str) -> Tensor:  # over the last axis
+    if name == "softmax":
+        return torch.softmax(products.masked_fill(~query_valid, -torch.inf), dim=-1)
+    x = F.leaky_relu(products, 0.1) if name.startswith("clipped") else products
+    if not name.endswith(("l2norm", "l1norm")):
+        return x
+    counted = torch.where(query_valid, x, 0.0)
+    if name.endswith("l2norm"):
+        norm = _sqrt((counted * counted).sum(-1, keepdim=True))
+    else:
+        norm = counted.abs().sum(-1, keepdim=True)
+    return torch.where(norm > 0, x / (norm + EPS), 0.0)
+
+
+def _focal(weights: Tensor, keys: Tensor, name: str) -> Tensor:  # [A, K, B, Q]; keys: valid ones
+    if name == "equal":
+        kept = keys * weights - weights.sum(1, keepdim=True) > 0
+    else:
+        share = weights.detach().sqrt()
+        kept = weights * share.sum(1, keepdim=True) - (weights * share).sum(1, keepdim=True) > 0
+    kept = kept | ~kept.any(1, keepdim=True)
+    weights = torch.where(kept, weights, 0.0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _aggregate(x: Tensor, valid: Tensor, options: ScoreOptions) -> Tensor:  # [A, B, Q] -> [A, B]
+    if options.agg_func == "LogSumExp":
+        return torch.logsumexp((options.lambda_lse * x).masked_fill(~valid, -torch.inf), -1) / options.lambda_lse
+    if options.agg_func == "Max":
+        return x.masked_fill(~valid, -torch.inf).max(-1).values
+    total = torch.where(valid, x, 0.0).sum(-1)
+    return total if options.agg_func == "Sum" else total / valid.sum(-1)
+
+
+def _sqrt(square: Tensor) -> Tensor:
+    """Square root of what may be zero, or below it by rounding: 0 there, gradient 0."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+
+
+def forward(
+    regions: Tensor,  # [I, R, D]
+    words: Tensor,  # [C, W, D] or [N, D]
+    word_counts: Tensor,  # [C]
+    region_counts: Tensor | None,  # [I]
+    options: ScoreOptions,
+    *,
+    workspace_bytes: int,
+) -> Tensor:  # [I, C]
+    """Scores, block by block."""
+    batch = _Batch(regions, words, word_counts, region_counts)
+    scores = regions.new_empty(batch.images, batch.captions, dtype=score_dtype(regions.dtype))
+    for rows, longest in batch.caption_blocks(options, workspace_bytes):
+        captions = batch.captions_of(rows, longest)
+        for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):
+            images = batch.images_of(start, stop)
+            leaves = _leaves(images, captions, options)
+            scores[start:stop, rows] = scores_of_products(*leaves, images.valid, captions.valid, options)
+    return scores
+
+
+def backward(
+    grad_scores: Tensor,  # [I, C]
+    regions: Tensor,
+    words: Tensor,
+    word_counts: Tensor,
+    region_counts: Tensor | None,
+    options: ScoreOptions,
+    *,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients, block by block; float32 accumulators for half-precision inputs."""
+    batch = _Batch(regions, words, word_counts, region_counts)
+    wide = score_dtype(regions.dtype)
+    grad_regions = torch.zeros(regions.shape, dtype=wide, device=regions.device)
+    grad_words = torch.zeros(words.shape, dtype=wide, device=words.device)
+    for rows, longest in batch.caption_blocks(options, workspace_bytes):
+        captions = batch.captions_of(rows, longest)
+        of_captions = torch.zeros(captions.vectors.shape, dtype=wide, device=words.device)
+        for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):
+            images = batch.images_of(start, stop)
+            with torch.enable_grad():
+                leaves = [None if t is None else t.requires_grad_() for t in _leaves(images, captions, options)]
+                scores = scores_of_products(*leaves, images.valid, captions.valid, options)
+            given = [t for t in leaves if t is not None]
+            found = iter(torch.autograd.grad(scores, given, grad_scores[start:stop, rows].to(wide), allow_unused=True))
+            products, region_gram, word_gram, region_norms, word_norms = (
+                None if t is None else next(found) for t in leaves
+            )
+            assert products is not None  # every score depends on the products
+            inner = products.flatten(0, 1).flatten(1).to(regions.dtype)  # [I R, C W]
+            of_images = (inner @ captions.flat()).view(images.vectors.shape).to(wide)
+            of_captions += (inner.t() @ images.flat()).view(captions.vectors.shape)
+            of_images += _through_gram_and_norms(images, region_gram, region_norms)
+            of_captions += _through_gram_and_norms(captions, word_gram, word_norms)
+            grad_regions[start:stop] += torch.where(images.valid[..., None], of_images, 0.0)
+        batch.put_captions(grad_words, rows, captions.valid, of_captions)
+    return grad_regions.to(regions.dtype), grad_words.to(words.dtype)
+
+
+def _leaves(
+    images: Side, captions: Side, options: ScoreOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Products, Gram matrices and norms of a block: what its scores depend on."""
+    products = images.flat() @ captions.flat().t()
+    return (
+        products.to(score_dtype(products.dtype)).view(*images.valid.shape, *captions.valid.shape),
+        images.gram() if options.t2i else None,
+        captions.gram() if options.i2t else None,
+        images.norms(),
+        captions.norms(),
+    )
+
+
+def _through_gram_and_norms(side: Side, grad_gram: Tensor | None, grad_norms: Tensor | None) -> Tensor:  # [G, K, D]
+    wide = side.vectors.to(score_dtype(side.vectors.dtype))
+    grad = torch.zeros_like(wide)
+    if grad_gram is not None:
+        grad += (grad_gram + grad_gram.transpose(1, 2)) @ wide
+    if grad_norms is not None:
+        norms = side.norms()
+        grad += torch.where(norms > 0, grad_norms / norms, 0.0)[..., None] * wide
+    return grad
+
+
+class _Batch:
+    """Cuts a batch into blocks and puts their gradients back."""
+
+    def __init__(self, regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None) -> None:
+        self.regions, self.words = regions, words
+        self.images, self.captions = regions.shape[0], word_counts.shape[0]
+        self.counts_on_host = word_counts.device.type == "cpu"
+        if words.dim() == 3:
+            word_counts = word_counts.clamp(1, words.shape[1])
+        self.word_counts = word_counts.to(words.device)
+        self.starts = offsets_of(self.word_counts) if words.dim() == 2 else None
+        if self.counts_on_host:
+            host = word_counts.tolist()
+            self.order = sorted(range(self.captions), key=host.__getitem__)
+            self.lengths = [host[c] for c in self.order]
+        else:  # never read back: every caption is as long as the padding
+            self.order, self.lengths = list(range(self.captions)), [words.shape[1]] * self.captions
+        if region_counts is None:
+            self.region_counts = None
+        else:
+            self.region_counts = region_counts.to(regions.device).clamp(1, regions.shape[1])
+
+    def _pair_bytes(self, longest: int, options: ScoreOptions) -> int:
+        # The epilogue and its autograd keep about ten arrays of [R, W] a pair in one direction.
+        directions = int(options.t2i) + int(options.i2t)
+        return 10 * directions * self.regions.shape[1] * longest * (8 if self.regions.dtype == torch.float64 else 4)
+
+    def caption_blocks(self, options: ScoreOptions, workspace_bytes: int) -> list[tuple[Tensor, int]]:
+        """Captions of like length: (their numbers, the longest)."""
+        width = self.regions.shape[2]
+        blocks: list[tuple[Tensor, int]] = []
+        start = 0
+        while start < self.captions:
+            stop = start + 1
+            while stop < self.captions:
+                longest = self.lengths[stop]  # ascending
+                rows = (stop + 1 - start) * longest
+                padded = rows - sum(self.lengths[start : stop + 1])
+                # Half of the bound for the captions of a block and their gradient, the rest for products; a tenth of
+                # a block may be padding once it is large enough for an efficient product.
+                if rows * width * 16 > workspace_bytes // 2 or (rows > 256 and padded * 10 > rows):
+                    break
+                stop += 1
+            rows_of_block = torch.tensor(self.order[start:stop], device=self.words.device)
+            blocks.append((rows_of_block, self.lengths[stop - 1]))
+            start = stop
+        return blocks
+
+    def image_blocks(
+        self, rows: Tensor, longest: int, options: ScoreOptions, workspace_bytes: int
+    ) -> list[tuple[int, int]]:
+        regions, width = self.regions.shape[1:]
+        per_image = rows.shape[0] * self._pair_bytes(longest, options) + 4 * 4 * regions * (width + regions)
+        step = min(max(workspace_bytes // 2 // per_image, 1), self.images)
+        return [(start, min(start + step, self.images)) for start in range(0, self.images, step)]
+
+    def images_of(self, start: int, stop: int) -> Side:
+        vectors = self.regions[start:stop]
+        if self.region_counts is None:
+            return Side(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
+        number = torch.arange(vectors.shape[1], device=vectors.device)
+        valid = number < self.region_counts[start:stop, None]
+        return Side(torch.where(valid[..., None], vectors, 0), valid)
+
+    def captions_of(self, rows: Tensor, longest: int) -> Side:
+        number = torch.arange(longest, device=rows.device)
+        valid = number < self.word_counts[rows, None]
+        if self.starts is None:
+            vectors = self.words[rows, :longest]
+        else:
+            vectors = self.words[(self.starts[rows, None] + number).clamp(max=self.words.shape[0] - 1)]
+        return Side(torch.where(valid[..., None], vectors, 0), valid)
+
+    def put_captions(self, grad_words: Tensor, rows: Tensor, valid: Tensor, grad: Tensor) -> None:
+        if self.starts is None:
+            grad_words[rows, : valid.shape[1]] = torch.where(valid[..., None], grad, 0)
+        else:
+            number = torch.arange(valid.shape[1], device=rows.device)
+            grad_words[(self.starts[rows, None] + number)[valid]] = grad[valid]
