@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from itm_kernels.backends import use_backend, why_not
 from itm_kernels.layout import CaptionLayout, caption_layout
+from itm_kernels.ops.contrastive_loss import contrastive_loss
 from itm_kernels.ops.cross_attention_scores import cross_attention_scores
+from itm_kernels.ops.triplet_loss import triplet_loss
+from itm_kernels.plan import Plan, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptionLayout",
+    "Plan",
     "caption_layout",
+    "contrastive_loss",
     "cross_attention_scores",
+    "plan",
+    "triplet_loss",
     "use_backend",
     "why_not",
 ]

@@ -72,7 +72,7 @@ def offsets_of(counts: Tensor) -> Tensor:
 
 
 def host_counts(op: str, name: str, counts: Sequence[int] | Tensor | CaptionLayout) -> Tensor:
-    """Counts in any accepted form -> int64 tensor ``[n]``, where they are: on the host, or (never read back) a device."""
+    """Counts in any accepted form -> int64 tensor ``[n]``, on the host or on the device they are on (never read)."""
     if isinstance(counts, CaptionLayout):
         return counts.counts
     if isinstance(counts, Tensor):
@@ -84,9 +84,12 @@ def host_counts(op: str, name: str, counts: Sequence[int] | Tensor | CaptionLayo
     try:
         values = list(counts)
     except TypeError:
-        raise TypeError(f"{op}: {name} must be a list, a tensor or a CaptionLayout, got {type(counts).__name__}") from None
+        raise TypeError(
+            f"{op}: {name} must be a list, a tensor or a CaptionLayout, got {type(counts).__name__}"
+        ) from None
     for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        # The plain int first: torch.compile knows it for its symbolic integers, and cannot ask those for an attribute.
+        if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
             raise TypeError(f"{op}: {name} must be integers, got {value!r}")
     return torch.tensor([int(value) for value in values], dtype=torch.int64)
 

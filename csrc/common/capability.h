@@ -37,7 +37,8 @@ inline CpuCapability cpu_capability() {
     for (CpuCapability candidate : {CpuCapability::kPortable, CpuCapability::kAvx2, CpuCapability::kAvx512}) {
       if (std::string(wish) != name_of(candidate)) continue;
       if (candidate <= best) return candidate;
-      throw std::runtime_error(std::string("ITM_CPU_CAPABILITY=") + wish + ": this processor only has " + name_of(best));
+      throw std::runtime_error(std::string("ITM_CPU_CAPABILITY=") + wish + ": this processor only has " +
+                               name_of(best));
     }
     throw std::runtime_error(std::string("ITM_CPU_CAPABILITY must be avx512, avx2 or default, got ") + wish);
   }();

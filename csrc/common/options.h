@@ -19,7 +19,7 @@ struct ScoreOptions {
   float peak_weight;
 };
 
-constexpr float kEps = 1e-8f;         // added to a norm; floor of the product of two norms
+constexpr float kEps = 1e-8f;           // added to a norm; floor of the product of two norms
 constexpr float kNegativeSlope = 0.1f;  // LeakyReLU of the clipped norms
 
 constexpr bool is_clipped(FeatureNorm norm) {

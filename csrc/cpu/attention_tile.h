@@ -13,23 +13,23 @@
 
 struct Tile {
   int64_t keys;
-  int64_t lanes;             // queries in this tile
-  int64_t width;             // lanes rounded up to whole vectors: the stride of a row
+  int64_t lanes;  // queries in this tile
+  int64_t width;  // lanes rounded up to whole vectors: the stride of a row
   int64_t segments;
-  const int64_t* offsets;    // [segments + 1], absolute lane of each segment; offsets[0] is the tile's first lane
+  const int64_t* offsets;  // [segments + 1], absolute lane of each segment; offsets[0] is the tile's first lane
 
-  float* raw;                // [keys, width] products
-  float* weights;            // [keys, width] logits, then attention weights
-  float* image;              // [keys, width] Gram matrix times weights; later gradients       (backward only)
-  float* normed;             // [keys, width] softmax of products over a segment               (FeatureNorm::kSoftmax)
-  float* norms;              // [keys, segments] norm of a key's products over a segment
-  float* scales;             // [keys, segments] 1 / (norm + eps)
-  float* row;                // [width] one row in passing
-  float* dot;                // [width] q . c, the rest per query as well
-  float* quadratic;          // ||c||^2
+  float* raw;        // [keys, width] products
+  float* weights;    // [keys, width] logits, then attention weights
+  float* image;      // [keys, width] Gram matrix times weights; later gradients       (backward only)
+  float* normed;     // [keys, width] softmax of products over a segment               (FeatureNorm::kSoftmax)
+  float* norms;      // [keys, segments] norm of a key's products over a segment
+  float* scales;     // [keys, segments] 1 / (norm + eps)
+  float* row;        // [width] one row in passing
+  float* dot;        // [width] q . c, the rest per query as well
+  float* quadratic;  // ||c||^2
   float* cosine;
-  float* peak;               // largest weight
-  float* grad_cosine;        //                                                                 (backward only)
+  float* peak;         // largest weight
+  float* grad_cosine;  //                                                                 (backward only)
   float* grad_peak;
   float* grad_dot;
   float* grad_quadratic;

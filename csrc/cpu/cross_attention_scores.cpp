@@ -25,12 +25,12 @@ using torch::stable::Tensor;
 // The keys of one group and all queries of the block.
 template <class Scalar>
 struct KeyGroup {
-  const Scalar* products;    // [keys, lanes]
+  const Scalar* products;  // [keys, lanes]
   int64_t keys;
-  int64_t stride;            // between rows of products
-  const float* gram;         // [keys, gram_stride]
+  int64_t stride;     // between rows of products
+  const float* gram;  // [keys, gram_stride]
   int64_t gram_stride;
-  const int64_t* offsets;    // [segments + 1]
+  const int64_t* offsets;  // [segments + 1]
   int64_t segments;
   const float* query_norms;  // [lanes]
 };
@@ -40,22 +40,28 @@ struct ScoresCall {
   ScoreOptions options;
   TileBounds bounds;
   int64_t groups, segments, lanes, most_keys, longest;
-  const Scalar* products;          // [keys of all groups, lanes]
-  const float* gram;               // [groups, most_keys, most_keys]
-  const int64_t* key_offsets;      // [groups + 1]
-  const int64_t* query_offsets;    // [segments + 1]
-  const float* query_norms;        // [lanes]
-  float* scores;                   // backward: their gradient, read only
+  const Scalar* products;        // [keys of all groups, lanes]
+  const float* gram;             // [groups, most_keys, most_keys]
+  const int64_t* key_offsets;    // [groups + 1]
+  const int64_t* query_offsets;  // [segments + 1]
+  const float* query_norms;      // [lanes]
+  float* scores;                 // backward: their gradient, read only
   int64_t group_stride, segment_stride;
   bool accumulate;
-  Scalar* grad_products;           // backward: the same memory as products
+  Scalar* grad_products;  // backward: the same memory as products
   float* grad_gram;
-  float* grad_norms;               // [groups, lanes]
+  float* grad_norms;  // [groups, lanes]
 
   KeyGroup<Scalar> group(int64_t g) const {
     const int64_t begin = key_offsets[g];
-    return {products + begin * lanes, key_offsets[g + 1] - begin, lanes, gram + g * most_keys * most_keys,
-            most_keys, query_offsets, segments, query_norms};
+    return {products + begin * lanes,
+            key_offsets[g + 1] - begin,
+            lanes,
+            gram + g * most_keys * most_keys,
+            most_keys,
+            query_offsets,
+            segments,
+            query_norms};
   }
 };
 
@@ -146,8 +152,8 @@ void check(const Tensor& products, const Tensor& gram, const Tensor& key_offsets
 
 ScoreOptions options_of(int64_t feature_norm, int64_t focal, int64_t aggregation, double lambda_softmax,
                         double lambda_lse, double peak_weight) {
-  return {static_cast<FeatureNorm>(feature_norm), static_cast<Focal>(focal), static_cast<Aggregation>(aggregation),
-          static_cast<float>(lambda_softmax), static_cast<float>(lambda_lse), static_cast<float>(peak_weight)};
+  return {static_cast<FeatureNorm>(feature_norm), static_cast<Focal>(focal),      static_cast<Aggregation>(aggregation),
+          static_cast<float>(lambda_softmax),     static_cast<float>(lambda_lse), static_cast<float>(peak_weight)};
 }
 
 template <class Scalar>

@@ -125,8 +125,8 @@ ITM_INLINE int64_t tile_scratch(int64_t keys, const TileBounds& bounds, int64_t 
 template <class Scalar>
 void run_forward(const ScoresCall<Scalar>& call) {
   run_groups(call, tile_scratch(call.most_keys, call.bounds, call.longest), [&](int64_t g, float* scratch) {
-    scores_of_group(call.group(g), call.options, call.bounds, call.scores + g * call.group_stride,
-                    call.segment_stride, call.accumulate, scratch);
+    scores_of_group(call.group(g), call.options, call.bounds, call.scores + g * call.group_stride, call.segment_stride,
+                    call.accumulate, scratch);
   });
 }
 

@@ -141,8 +141,7 @@ ITM_INLINE void softmax_norm_backward(const Tile& tile) {
     const float* grad = tile.image + k * tile.width;
     store(tile.row + tile.width - kLanes, splat(0.0f));
     for (int64_t s = 0; s < tile.segments; ++s) {
-      const Vec mean =
-          splat(sum_over_segment(tile, s, [&](int64_t l) { return load(grad + l) * load(normed + l); }));
+      const Vec mean = splat(sum_over_segment(tile, s, [&](int64_t l) { return load(grad + l) * load(normed + l); }));
       const int64_t begin = tile.begin(s), n = tile.count(s);
       for (int64_t l = begin; l < begin + n; l += kLanes) {
         store(tile.row + l, load(normed + l) * (load(grad + l) - mean));

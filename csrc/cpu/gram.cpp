@@ -23,11 +23,11 @@ constexpr int64_t kSlice = 256;  // floats of a row widened at a time: 36 rows a
 
 template <class Scalar>
 struct GramCall {
-  const Scalar* rows;        // [N, width]
-  const int64_t* offsets;    // [groups + 1]
+  const Scalar* rows;      // [N, width]
+  const int64_t* offsets;  // [groups + 1]
   int64_t groups, width, most_keys;
-  float* gram;               // [groups, most_keys, most_keys]; backward: its gradient, read only
-  float* grad_rows;          // [N, width] (backward)
+  float* gram;       // [groups, most_keys, most_keys]; backward: its gradient, read only
+  float* grad_rows;  // [N, width] (backward)
 };
 
 template <class Scalar, class Run>
@@ -101,9 +101,9 @@ void gram(Tensor rows, Tensor offsets, Tensor out) {
 
 void gram_backward(Tensor grad_gram, Tensor rows, Tensor offsets, Tensor grad_rows) {
   check(rows, offsets, grad_gram);
-  STD_TORCH_CHECK(grad_rows.is_contiguous() && grad_rows.scalar_type() == ScalarType::Float &&
-                      grad_rows.numel() == rows.numel(),
-                  "gram: grad_rows must be contiguous float32 like rows");
+  STD_TORCH_CHECK(
+      grad_rows.is_contiguous() && grad_rows.scalar_type() == ScalarType::Float && grad_rows.numel() == rows.numel(),
+      "gram: grad_rows must be contiguous float32 like rows");
   rows.scalar_type() == ScalarType::Float ? backward<float>(rows, offsets, grad_gram, grad_rows)
                                           : backward<uint16_t>(rows, offsets, grad_gram, grad_rows);
 }

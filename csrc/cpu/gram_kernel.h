@@ -58,8 +58,8 @@ void gram_of_group(const Scalar* rows, int64_t keys, int64_t width, float* gram,
 }
 
 template <int kRows, int kVecs>
-ITM_INLINE void combine_rows(const float* grad_gram, int64_t gram_stride, const float* slice, int64_t keys,
-                             float* out, int64_t width) {
+ITM_INLINE void combine_rows(const float* grad_gram, int64_t gram_stride, const float* slice, int64_t keys, float* out,
+                             int64_t width) {
   Vec sum[kRows][kVecs] = {};
   for (int64_t j = 0; j < keys; ++j) {
     Vec x[kVecs];

@@ -5,14 +5,17 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#define ITM_TARGET_BEGIN_AVX512 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = function)")
+#define ITM_TARGET_BEGIN_AVX512                                                                                    \
+  _Pragma(                                                                                                         \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = " \
+      "function)")
 #define ITM_TARGET_BEGIN_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
 #define ITM_TARGET_END _Pragma("clang attribute pop")
 #else
 #define ITM_TARGET_BEGIN_AVX512 \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
+  _Pragma("GCC push_options")   \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
 #define ITM_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define ITM_TARGET_END _Pragma("GCC pop_options")
 #endif
@@ -48,11 +51,11 @@ namespace itm::portable {
 
 // Calls FUNCTION of the namespace that this processor runs.
 #if defined(__x86_64__)
-#define ITM_DISPATCH(FUNCTION, ...)                                        \
-  switch (itm::cpu_capability()) {                                         \
+#define ITM_DISPATCH(FUNCTION, ...)                                              \
+  switch (itm::cpu_capability()) {                                               \
     case itm::CpuCapability::kAvx512: itm::avx512::FUNCTION(__VA_ARGS__); break; \
     case itm::CpuCapability::kAvx2: itm::avx2::FUNCTION(__VA_ARGS__); break;     \
-    default: itm::portable::FUNCTION(__VA_ARGS__);                         \
+    default: itm::portable::FUNCTION(__VA_ARGS__);                               \
   }
 #else
 #define ITM_DISPATCH(FUNCTION, ...) itm::portable::FUNCTION(__VA_ARGS__)

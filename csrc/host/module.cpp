@@ -17,8 +17,8 @@ namespace {
 itm::ScoresPlan plan_scores(std::vector<int64_t> region_offsets, std::vector<int64_t> word_offsets, int64_t width,
                             int64_t element_bytes, bool t2i, bool i2t, bool backward, bool copies_regions,
                             int64_t threads, int64_t workspace_bytes) {
-  return itm::plan_scores({std::move(region_offsets), std::move(word_offsets), width, element_bytes, t2i, i2t,
-                           backward, copies_regions, threads},
+  return itm::plan_scores({std::move(region_offsets), std::move(word_offsets), width, element_bytes, t2i, i2t, backward,
+                           copies_regions, threads},
                           workspace_bytes);
 }
 

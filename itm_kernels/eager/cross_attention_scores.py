@@ -14,6 +14,7 @@ Captions are taken in order of length, so that a block is padded to its own long
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+class Leaves(NamedTuple):
+    """What the scores of a block depend on, and in the same order their gradients."""
+
+    products: Tensor  # [I, R, C, W]
+    region_gram: Tensor | None  # [I, R, R]; t2i
+    word_gram: Tensor | None  # [C, W, W]; i2t
+    region_norms: Tensor  # [I, R]
+    word_norms: Tensor  # [C, W]
+
+
 @dataclass
 class Side:
     """The regions of some images, or the words of some captions, padded to the longest of them."""
@@ -46,20 +57,18 @@ class Side:
         return wide @ wide.transpose(1, 2)
 
     def norms(self) -> Tensor:  # [G, K]
-        return torch.linalg.vector_norm(self.vectors, dim=-1, dtype=score_dtype(self.vectors.dtype))
+        norms: Tensor = torch.linalg.vector_norm(self.vectors, dim=-1, dtype=score_dtype(self.vectors.dtype))
+        return norms
 
 
 def scores_of_products(
-    products: Tensor,  # [I, R, C, W]
-    region_gram: Tensor | None,  # [I, R, R]; t2i
-    word_gram: Tensor | None,  # [C, W, W]; i2t
-    region_norms: Tensor,  # [I, R]
-    word_norms: Tensor,  # [C, W]
+    leaves: Leaves,
     region_valid: Tensor,  # [I, R] bool
     word_valid: Tensor,  # [C, W] bool
     options: ScoreOptions,
 ) -> Tensor:  # [I, C]
     """Everything of a score that comes after the inner products. Differentiable by autograd, compiles."""
+    products, region_gram, word_gram, region_norms, word_norms = leaves
     scores = torch.zeros((), dtype=products.dtype, device=products.device)
     if region_gram is not None:
         scores = scores + _attend(products, region_gram, word_norms, region_valid, word_valid, options)
@@ -150,7 +159,7 @@ def forward(
         for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):
             images = batch.images_of(start, stop)
             leaves = _leaves(images, captions, options)
-            scores[start:stop, rows] = scores_of_products(*leaves, images.valid, captions.valid, options)
+            scores[start:stop, rows] = scores_of_products(leaves, images.valid, captions.valid, options)
     return scores
 
 
@@ -174,31 +183,30 @@ def backward(
         of_captions = torch.zeros(captions.vectors.shape, dtype=wide, device=words.device)
         for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):
             images = batch.images_of(start, stop)
-            with torch.enable_grad():
-                leaves = [None if t is None else t.requires_grad_() for t in _leaves(images, captions, options)]
-                scores = scores_of_products(*leaves, images.valid, captions.valid, options)
-            given = [t for t in leaves if t is not None]
-            found = iter(torch.autograd.grad(scores, given, grad_scores[start:stop, rows].to(wide), allow_unused=True))
-            products, region_gram, word_gram, region_norms, word_norms = (
-                None if t is None else next(found) for t in leaves
-            )
-            assert products is not None  # every score depends on the products
-            inner = products.flatten(0, 1).flatten(1).to(regions.dtype)  # [I R, C W]
+            grads = _differentiate(images, captions, options, grad_scores[start:stop, rows].to(wide))
+            inner = grads.products.flatten(0, 1).flatten(1).to(regions.dtype)  # [I R, C W]
             of_images = (inner @ captions.flat()).view(images.vectors.shape).to(wide)
             of_captions += (inner.t() @ images.flat()).view(captions.vectors.shape)
-            of_images += _through_gram_and_norms(images, region_gram, region_norms)
-            of_captions += _through_gram_and_norms(captions, word_gram, word_norms)
+            of_images += _through_gram_and_norms(images, grads.region_gram, grads.region_norms)
+            of_captions += _through_gram_and_norms(captions, grads.word_gram, grads.word_norms)
             grad_regions[start:stop] += torch.where(images.valid[..., None], of_images, 0.0)
         batch.put_captions(grad_words, rows, captions.valid, of_captions)
     return grad_regions.to(regions.dtype), grad_words.to(words.dtype)
 
 
-def _leaves(
-    images: Side, captions: Side, options: ScoreOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Products, Gram matrices and norms of a block: what its scores depend on."""
+def _differentiate(images: Side, captions: Side, options: ScoreOptions, grad_scores: Tensor) -> Leaves:
+    """Gradients of the epilogue of a block; zero where a direction does not use a norm."""
+    with torch.enable_grad():
+        leaves = _leaves(images, captions, options)
+        given = {name: t.requires_grad_() for name, t in leaves._asdict().items() if t is not None}
+        scores = scores_of_products(leaves, images.valid, captions.valid, options)
+    grads = torch.autograd.grad(scores, list(given.values()), grad_scores, materialize_grads=True)
+    return leaves._replace(**dict(zip(given, grads, strict=True)))
+
+
+def _leaves(images: Side, captions: Side, options: ScoreOptions) -> Leaves:
     products = images.flat() @ captions.flat().t()
-    return (
+    return Leaves(
         products.to(score_dtype(products.dtype)).view(*images.valid.shape, *captions.valid.shape),
         images.gram() if options.t2i else None,
         captions.gram() if options.i2t else None,
@@ -207,15 +215,11 @@ def _leaves(
     )
 
 
-def _through_gram_and_norms(side: Side, grad_gram: Tensor | None, grad_norms: Tensor | None) -> Tensor:  # [G, K, D]
+def _through_gram_and_norms(side: Side, grad_gram: Tensor | None, grad_norms: Tensor) -> Tensor:  # [G, K, D]
     wide = side.vectors.to(score_dtype(side.vectors.dtype))
-    grad = torch.zeros_like(wide)
-    if grad_gram is not None:
-        grad += (grad_gram + grad_gram.transpose(1, 2)) @ wide
-    if grad_norms is not None:
-        norms = side.norms()
-        grad += torch.where(norms > 0, grad_norms / norms, 0.0)[..., None] * wide
-    return grad
+    norms = side.norms()
+    grad = torch.where(norms > 0, grad_norms / norms, 0.0)[..., None] * wide
+    return grad if grad_gram is None else grad + (grad_gram + grad_gram.transpose(1, 2)) @ wide
 
 
 class _Batch:

@@ -47,12 +47,11 @@ def forward(
         captions = _Block(batch.captions, c0, c1, with_gram=options.i2t, with_norms=options.t2i)
         for i0, i1 in batch.image_blocks:
             images = _Block(batch.images, i0, i1, with_gram=options.t2i, with_norms=options.i2t)
-            products = batch.product(images.rows, captions.rows.t())
             out = scores[i0:i1, c0:c1]
-            if options.t2i:
+            products, turned = batch.products(images, captions, options)
+            if products is not None:
                 _epilogue(products, images, captions, options, out, accumulate=False)
-            if options.i2t:
-                turned = batch.turn(products) if options.t2i else batch.product(captions.rows, images.rows.t())
+            if turned is not None:
                 _epilogue(turned, captions, images, options, out.t(), accumulate=options.t2i)
     return scores
 
@@ -99,17 +98,15 @@ def backward(
 def _backward_block(
     batch: _Batch, images: _Block, captions: _Block, options: ScoreOptions, grad_scores: Tensor
 ) -> Tensor:  # [rows of regions, words]: dS
-    if not options.t2i:
-        turned = batch.product(captions.rows, images.rows.t())
-        _epilogue_backward(turned, captions, images, options, grad_scores.t())
-        return turned.t()
-    products = batch.product(images.rows, captions.rows.t())
-    turned = batch.turn(products) if options.i2t else None
-    _epilogue_backward(products, images, captions, options, grad_scores)
+    products, turned = batch.products(images, captions, options)
+    if products is not None:
+        _epilogue_backward(products, images, captions, options, grad_scores)
     if turned is not None:
         _epilogue_backward(turned, captions, images, options, grad_scores.t())
-        products += turned.t()
-    return products
+    if products is None:
+        assert turned is not None
+        return turned.t()
+    return products if turned is None else products.add_(turned.t())
 
 
 def _epilogue(
@@ -215,11 +212,21 @@ class _Batch:
             buffer = self._buffers[name] = torch.empty(rows * columns, dtype=dtype)
         return buffer[: rows * columns].view(rows, columns)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mm(left, right, out=self._buffer("products", left.shape[0], right.shape[1], self.dtype))
-
-    def turn(self, products: Tensor) -> Tensor:
-        return self._buffer("turned", products.shape[1], products.shape[0], self.dtype).copy_(products.t())
+    def products(
+        self, images: _Block, captions: _Block, options: ScoreOptions
+    ) -> tuple[Tensor | None, Tensor | None]:  # [rows of regions, words], [words, rows of regions]
+        """S with keys as rows: as it is for t2i, turned for i2t; one library product either way."""
+        rows, words = images.rows.shape[0], captions.rows.shape[0]
+        products = turned = None
+        if options.t2i:
+            products = torch.mm(images.rows, captions.rows.t(), out=self._buffer("products", rows, words, self.dtype))
+        if options.i2t:
+            turned = self._buffer("turned", words, rows, self.dtype)
+            if products is None:
+                torch.mm(captions.rows, images.rows.t(), out=turned)
+            else:
+                turned.copy_(products.t())
+        return products, turned
 
     def words_gradient(self, rows: Tensor) -> Tensor:
         return self._buffer("words", rows.shape[0], rows.shape[1], torch.float32)

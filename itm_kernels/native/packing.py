@@ -29,6 +29,8 @@ class Packed:
             vectors = vectors.flatten(0, 1)
         self.is_view = whole and vectors.is_contiguous() and vectors.dtype == dtype
         self._vectors, self._whole = vectors, whole
+        group = torch.repeat_interleave(torch.arange(counts.numel()), counts)
+        self._group, self._within = group, torch.arange(self.bounds[-1]) - self.offsets[group]
 
     @property
     def num_rows(self) -> int:
@@ -60,8 +62,6 @@ class Packed:
         places = self._places(start, stop)
         gradient.index_put_(places, gradient[places] + rows if add else rows)
 
-    def _places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        counts = self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]
-        group = torch.repeat_interleave(torch.arange(start, stop), counts)
-        within = torch.arange(self.bounds[start], self.bounds[stop]) - self.offsets[group]
-        return group, within
+    def _places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:  # [n], [n]: group, and row within it
+        span = self.span(start, stop)
+        return self._group[span], self._within[span]

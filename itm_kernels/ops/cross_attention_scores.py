@@ -58,8 +58,8 @@ def cross_attention_scores(
         ``[C, W, D]`` padded word vectors (what stands in the padding is never used), or ``[N, D]`` packed, one caption
         after another. Same dtype and device as ``regions``.
     word_counts
-        ``[C]`` words of each caption, 1..W: a list, an integer tensor, or a :class:`CaptionLayout`. A tensor on a GPU is
-        never read back: it is clamped to 1..W there and the padded size is computed.
+        ``[C]`` words of each caption, 1..W: a list, an integer tensor, or a :class:`CaptionLayout`. A tensor on a GPU
+        is never read back: it is clamped to 1..W there and the padded size is computed.
     region_counts
         ``[I]`` valid regions of each image, 1..R; None: all.
     direction
@@ -115,6 +115,8 @@ def cross_attention_scores(
         "none" if focal is None else focal,
         float(peak_weight),
     )
+    if focal == "none":  # our own spelling, not the contract's
+        raise ValueError(f"{OP}: focal must be None, 'equal' or 'prob', got 'none'")
     check_options(OP, options)
     check_backend(OP, backend)
     workspace_bytes = operator.index(workspace_bytes)

@@ -34,7 +34,7 @@ class ScoreOptions:
 
     def as_arguments(self) -> tuple[str, str, float, str, float, str, float]:
         """In the order of the op's schema."""
-        return astuple(self)  # type: ignore[return-value]
+        return astuple(self)
 
     def codes(self) -> tuple[int, int, int, float, float, float]:
         """As the native kernels take them: feature norm, focal, aggregation, lambdas, peak weight."""

@@ -49,7 +49,9 @@ def check_pairs(
 
     counts = host_counts(op, "word_counts", word_counts)
     if words.dim() == 3 and counts.shape[0] != words.shape[0]:
-        raise ValueError(f"{op}: word_counts must be [C] with C = {words.shape[0]} as in words, got [{counts.shape[0]}]")
+        raise ValueError(
+            f"{op}: word_counts must be [C] with C = {words.shape[0]} as in words, got [{counts.shape[0]}]"
+        )
     if words.dim() == 2 and counts.device.type != "cpu":
         raise ValueError(f"{op}: packed words need word_counts on the host, got a tensor on {counts.device}")
     _check_device(op, "word_counts", counts, regions)
@@ -69,7 +71,9 @@ def _check_device(op: str, name: str, counts: Tensor, regions: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on the host or on {regions.device}, got {counts.device}")
 
 
-def check_count_values(op: str, regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None) -> None:
+def check_count_values(
+    op: str, regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None
+) -> None:
     """Raise ``ValueError`` on counts out of range, where they are on the host; counts on a device are never read."""
     if word_counts.device.type == "cpu":
         check_counts(op, "word_counts", word_counts, words.shape[1] if words.dim() == 3 else None)

@@ -70,10 +70,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``sum(scores * grad_scores)`` by autograd of the literal formula."""
     with torch.enable_grad():
-        inputs = [t.detach().contiguous().requires_grad_() for t in (regions, words)]
-        scores = forward(*inputs, word_counts, region_counts, options)
-        grads = torch.autograd.grad(scores, inputs, grad_scores.to(scores.dtype))
-    return grads[0], grads[1]
+        regions, words = (t.detach().contiguous().requires_grad_() for t in (regions, words))
+        scores = forward(regions, words, word_counts, region_counts, options)
+        grad_regions, grad_words = torch.autograd.grad(scores, (regions, words), grad_scores.to(scores.dtype))
+    return grad_regions, grad_words
 
 
 def _on_host(counts: Tensor, most: int | None) -> list[int]:

@@ -1,0 +1,7 @@
+"""Modules that hold parameters and options; no tensor code."""
+
+from __future__ import annotations
+
+from itm_kernels.nn.cross_attention import CrossAttentionScorer
+
+__all__ = ["CrossAttentionScorer"]
