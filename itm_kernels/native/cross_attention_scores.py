@@ -13,6 +13,7 @@ consumed while it is in the cache, and sums run in one order.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -201,8 +202,8 @@ class _Batch:
             threads=torch.get_num_threads(),
             workspace_bytes=workspace_bytes,
         )
-        self.image_blocks = list(zip(plan.image_bounds, plan.image_bounds[1:], strict=False))
-        self.caption_blocks = list(zip(plan.caption_bounds, plan.caption_bounds[1:], strict=False))
+        self.image_blocks = list(pairwise(plan.image_bounds))
+        self.caption_blocks = list(pairwise(plan.caption_bounds))
         self._buffers: dict[str, Tensor] = {}
 
     def _buffer(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
