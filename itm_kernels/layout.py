@@ -91,7 +91,7 @@ def host_counts(op: str, name: str, counts: Sequence[int] | Tensor | CaptionLayo
         # The plain int first: torch.compile knows it for its symbolic integers, and cannot ask those for an attribute.
         if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
             raise TypeError(f"{op}: {name} must be integers, got {value!r}")
-    return torch.tensor([int(value) for value in values], dtype=torch.int64)
+    return torch.tensor([int(value) for value in values], dtype=torch.int64, device="cpu")
 
 
 def check_counts(op: str, name: str, counts: Tensor, most: int | None) -> None:

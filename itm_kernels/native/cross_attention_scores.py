@@ -43,7 +43,7 @@ def forward(
 ) -> Tensor:  # [I, C] float32
     """Scores, block by block."""
     batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, backward=False)
-    scores = torch.empty(regions.shape[0], word_counts.shape[0])
+    scores = _floats(regions.shape[0], word_counts.shape[0])
     for c0, c1 in batch.caption_blocks:
         captions = _Block(batch.captions, c0, c1, with_gram=options.i2t, with_norms=options.t2i)
         for i0, i1 in batch.image_blocks:
@@ -82,7 +82,7 @@ def backward(
             grad_products = _backward_block(batch, images, captions, options, grad_scores[i0:i1, c0:c1])
             of_images = batch.images.view_of(grad_regions, i0, i1)
             if of_images is None:
-                rows = torch.empty(images.rows.shape)
+                rows = _floats(*images.rows.shape)
                 _add_product(rows, grad_products, captions.rows, first=True)
                 images.add_own_gradient(rows)
                 batch.images.put(grad_regions, i0, i1, rows, add=c0 > 0)
@@ -123,12 +123,17 @@ def _epilogue_backward(
 ) -> None:
     assert keys.gram is not None
     grad_gram = torch.empty_like(keys.gram)
-    grad_norms = torch.empty(keys.gram.shape[0], products.shape[1])
+    grad_norms = _floats(keys.gram.shape[0], products.shape[1])
     torch.ops.itm_kernels_native.cross_attention_scores_epilogue_backward(
         products, keys.gram, keys.offsets, queries.offsets, queries.norms, *options.codes(), grad_scores, grad_gram,
         grad_norms,
     )  # fmt: skip
     keys.grad_gram, queries.grad_norms = grad_gram, grad_norms.sum(0)
+
+
+def _floats(*shape: int) -> Tensor:
+    """Fresh memory, whatever the default dtype and device are set to."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -156,7 +161,7 @@ class _Block:
     def __init__(self, side: Packed, start: int, stop: int, *, with_gram: bool, with_norms: bool) -> None:
         self.rows, self.offsets = side.rows(start, stop), side.offsets_of(start, stop)
         if with_gram:
-            self.gram = torch.empty(stop - start, side.most, side.most)
+            self.gram = _floats(stop - start, side.most, side.most)
             torch.ops.itm_kernels_native.gram(self.rows, self.offsets, self.gram)
         if with_norms:
             self.norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float32)
@@ -210,7 +215,7 @@ class _Batch:
         """Reused from block to block, so that it stays in the cache."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < rows * columns:
-            buffer = self._buffers[name] = torch.empty(rows * columns, dtype=dtype)
+            buffer = self._buffers[name] = torch.empty(rows * columns, dtype=dtype, device="cpu")
         return buffer[: rows * columns].view(rows, columns)
 
     def products(

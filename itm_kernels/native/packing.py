@@ -20,17 +20,16 @@ class Packed:
         self.shape = vectors.shape
         self.device = vectors.device
         if counts is None:
-            counts = torch.full((vectors.shape[0],), vectors.shape[1], dtype=torch.int64)
+            counts = torch.full((vectors.shape[0],), vectors.shape[1], dtype=torch.int64, device="cpu")
         self.offsets = offsets_of(counts)  # [G + 1]
         self.bounds: list[int] = self.offsets.tolist()
         self.most = int(counts.max())
-        whole = vectors.dim() == 2 or self.bounds[-1] == vectors.shape[0] * vectors.shape[1]
-        if whole and vectors.dim() == 3:
-            vectors = vectors.flatten(0, 1)
-        self.is_view = whole and vectors.is_contiguous() and vectors.dtype == dtype
-        self._vectors, self._whole = vectors, whole
-        group = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-        self._group, self._within = group, torch.arange(self.bounds[-1]) - self.offsets[group]
+        self._whole = vectors.dim() == 2 or self.bounds[-1] == vectors.shape[0] * vectors.shape[1]
+        self._vectors = vectors
+        # Strides that do not flatten are gathered block by block: flattening them here would copy the whole batch.
+        flattens = self._whole and (vectors.dim() == 2 or vectors.is_contiguous())
+        self._flat = vectors.view(-1, vectors.shape[-1]) if flattens else None
+        self.is_view = flattens and vectors.is_contiguous() and vectors.dtype == dtype
 
     @property
     def num_rows(self) -> int:
@@ -44,8 +43,8 @@ class Packed:
         return self.offsets[start : stop + 1] - self.offsets[start]
 
     def rows(self, start: int, stop: int) -> Tensor:  # [n, D], contiguous
-        if self._whole:
-            return self._vectors[self.span(start, stop)].to(self.dtype).contiguous()
+        if self._flat is not None:
+            return self._flat[self.span(start, stop)].to(self.dtype).contiguous()
         return self._vectors[self._places(start, stop)].to(self.dtype)
 
     def gradient(self) -> Tensor:  # in the shape of the input, float32
@@ -63,5 +62,7 @@ class Packed:
         gradient.index_put_(places, gradient[places] + rows if add else rows)
 
     def _places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:  # [n], [n]: group, and row within it
-        span = self.span(start, stop)
-        return self._group[span], self._within[span]
+        counts = self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]
+        group = torch.repeat_interleave(torch.arange(start, stop, device="cpu"), counts)
+        row = torch.arange(self.bounds[start], self.bounds[stop], device="cpu")
+        return group, row - self.offsets[group]

@@ -21,11 +21,12 @@ flows into the norms.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itm_kernels.layout import offsets_of
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.ops.pairs import score_dtype
 
@@ -51,7 +52,7 @@ def forward(
     regions, words = regions.to(dtype), words.to(dtype)
     columns = []
     counts = _on_host(word_counts, words.shape[1] if words.dim() == 3 else None)
-    starts = offsets_of(torch.tensor(counts)).tolist()
+    starts = list(accumulate(counts, initial=0))
     for c, n in enumerate(counts):
         caption = words[c, :n] if words.dim() == 3 else words[starts[c] : starts[c] + n]  # [n, D]
         columns.append(_scores_of_caption(regions, caption, region_counts, options))
@@ -97,7 +98,7 @@ def _scores_of_caption(
         rows = [i for i, value in enumerate(counts) if value == count]
         order += rows
         parts.append(_scores_of_images(regions[rows, :count], caption, options))
-    return torch.cat(parts)[torch.tensor(order).argsort().to(regions.device)]
+    return torch.cat(parts)[torch.tensor(order, device=regions.device).argsort()]
 
 
 def _scores_of_images(regions: Tensor, caption: Tensor, options: ScoreOptions) -> Tensor:  # [I, R, D], [n, D] -> [I]
