@@ -4,23 +4,13 @@
 // Why not function multiversioning by attribute: it does not reach templates and inlined helpers on both compilers.
 
 #if defined(__x86_64__)
+// clang-format off
 #if defined(__clang__)
-#define ITM_TARGET_BEGIN_AVX512                                                                                    \
-  _Pragma(                                                                                                         \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = " \
-      "function)")
-#define ITM_TARGET_BEGIN_AVX2 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
-#define ITM_TARGET_END _Pragma("clang attribute pop")
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
-#define ITM_TARGET_BEGIN_AVX512 \
-  _Pragma("GCC push_options")   \
-      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
-#define ITM_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-#define ITM_TARGET_END _Pragma("GCC pop_options")
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
-
-ITM_TARGET_BEGIN_AVX512
 #define ITM_LANES 16
 namespace itm::avx512 {
 #include "simd.h"
@@ -28,9 +18,14 @@ namespace itm::avx512 {
 }  // namespace itm::avx512
 #undef ITM_LANES
 #undef ITM_INLINE
-ITM_TARGET_END
-
-ITM_TARGET_BEGIN_AVX2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
 #define ITM_LANES 8
 namespace itm::avx2 {
 #include "simd.h"
@@ -38,7 +33,12 @@ namespace itm::avx2 {
 }  // namespace itm::avx2
 #undef ITM_LANES
 #undef ITM_INLINE
-ITM_TARGET_END
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+// clang-format on
 #endif  // __x86_64__
 
 #define ITM_LANES 4
