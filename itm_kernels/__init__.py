@@ -7,7 +7,7 @@ from itm_kernels.layout import CaptionLayout, caption_layout
 from itm_kernels.ops.contrastive_loss import contrastive_loss
 from itm_kernels.ops.cross_attention_scores import cross_attention_scores
 from itm_kernels.ops.triplet_loss import triplet_loss
-from itm_kernels.plan import Plan, plan
+from itm_kernels.planning import Plan, plan
 
 __version__ = "0.1.0"
 

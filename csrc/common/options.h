@@ -1,5 +1,5 @@
 // The options of cross_attention_scores as the kernels see them. The numbers are the order of the names in
-// itm_kernels/ops/cross_attention_scores.py, which is where they are spelt out; tests hold the two together.
+// itm_kernels/ops/options.py, which is where they are spelt out; tests hold the two together.
 #pragma once
 
 #include <cstdint>

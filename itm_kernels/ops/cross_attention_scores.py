@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from itm_kernels.backends import check_backend, pick, requested
 from itm_kernels.layout import CaptionLayout
@@ -124,7 +123,7 @@ def cross_attention_scores(
         raise ValueError(f"{OP}: workspace_bytes must be positive, got {workspace_bytes}")
     regions, words = autocast_inputs(regions, words)
     scores: Tensor = CrossAttentionScores.apply(
-        regions, words, counts, of_regions, *options.as_arguments(), workspace_bytes, requested(backend)
+        regions, words, counts, of_regions, (*options.as_arguments(), workspace_bytes, requested(backend))
     )
     return scores
 
@@ -189,18 +188,49 @@ backward_op = define(
 class CrossAttentionScores(torch.autograd.Function):
     """Keeps its inputs alone; the backward makes the products again, block by block."""
 
+    # No *rest in this signature: where nothing requires grad, torch.compile counts the parameters to tell whether the
+    # context is one of them.
     @staticmethod
-    def forward(regions: Tensor, words: Tensor, *rest: Any) -> Tensor:
-        scores: Tensor = forward_op(regions, words, *rest)
+    def forward(
+        regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None, rest: tuple[Any, ...]
+    ) -> Tensor:
+        scores: Tensor = forward_op(regions, words, word_counts, region_counts, *rest)
         return scores
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        regions, words, word_counts, region_counts, *ctx.rest = inputs
+        regions, words, word_counts, region_counts, ctx.rest = inputs
         ctx.save_for_backward(regions, words, word_counts, region_counts)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
-        grad_regions, grad_words = backward_op(grad_scores, *ctx.saved_tensors, *ctx.rest)
-        return (grad_regions, grad_words, *(None for _ in range(2 + len(ctx.rest))))
+        grads = CrossAttentionScoresBackward.apply(grad_scores, *ctx.saved_tensors, ctx.rest)
+        return (*grads, None, None, None)
+
+
+class CrossAttentionScoresBackward(torch.autograd.Function):
+    """A node of its own, so that differentiating it again raises.
+
+    ``once_differentiable`` raises where the upstream gradient requires grad, and passes for a constant where it does
+    not (a sum of scores) and under ``torch.func``: a gradient penalty would be dropped in silence.
+    """
+
+    @staticmethod
+    def forward(
+        grad_scores: Tensor,
+        regions: Tensor,
+        words: Tensor,
+        word_counts: Tensor,
+        region_counts: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor] = backward_op(grad_scores, regions, words, word_counts, region_counts, *rest)
+        return grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{OP}: can be differentiated once, not twice; its gradient has no gradient")

@@ -23,7 +23,11 @@ def define(name: str, schema: str, implementation: Callable[..., Any], fake: Cal
     """
 
     def run(*args: Any) -> Any:
-        with torch.no_grad():
+        # The inputs have the dtype that autocast asks for already; inside, it would take the epilogue down as well.
+        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        # A dispatch mode (a FLOP counter, opcheck) calls with autograd excluded: have it back.
+        back = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+        with torch.no_grad(), torch.autocast(device, enabled=False), back:
             return implementation(*args)
 
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
