@@ -71,11 +71,7 @@ def test_the_plan_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     regions, words = torch.randn(6, 7, 64), torch.randn(6, 9, 64)
     itm_kernels.cross_attention_scores(regions, words, counts, workspace_bytes=bound, backend="native")
     images, captions = made.blocks["forward"].images, made.blocks["forward"].captions
-    assert seen == [
-        (i1 - i0, c1 - c0)
-        for c0, c1 in pairwise(captions)
-        for i0, i1 in pairwise(images)
-    ]
+    assert seen == [(i1 - i0, c1 - c0) for c0, c1 in pairwise(captions) for i0, i1 in pairwise(images)]
 
 
 def test_padded_plan_says_so() -> None:

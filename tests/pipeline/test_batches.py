@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from itm_pipeline.data import CaptionSampler, PrecompSplit, Vocabulary, make_batch
 from itm_pipeline.errors import UserError
 

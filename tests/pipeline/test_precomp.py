@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from itm_pipeline.data import PrecompSplit, scan
 from itm_pipeline.errors import UserError
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from itm_pipeline.errors import UserError
 from itm_pipeline.metrics import five_fold, retrieval, retrieval_ranks
 

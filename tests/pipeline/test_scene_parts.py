@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from itm_pipeline.scenes.draw import draw, signed_distance, visible_boxes
 from itm_pipeline.scenes.world import (
     FEWEST,

@@ -9,16 +9,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import itm_pipeline.scenes.build as build
 import numpy as np
 import pytest
+from PIL import Image
+
+import itm_pipeline.scenes.build as build
 from itm_pipeline.data.precomp import PrecompSplit
 from itm_pipeline.errors import UserError
 from itm_pipeline.scenes import make_scenes
 from itm_pipeline.scenes.cache import MARKER
 from itm_pipeline.scenes.features import FEATURE_DIM, region_features
 from itm_pipeline.scenes.proposals import intersection_over_union
-from PIL import Image
 from scene_checker import is_true, meant, phrases
 
 SIZES = {"train": 30, "dev": 6, "test": 8}

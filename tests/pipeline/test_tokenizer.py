@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+
 from itm_pipeline.data import token_spans, tokenize
 from itm_pipeline.data.sentences import ABBREVIATIONS, sentence_spans
 

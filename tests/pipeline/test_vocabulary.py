@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from itm_pipeline.data import Vocabulary, tokenize
 from itm_pipeline.errors import UserError
 

@@ -1,0 +1,1 @@
+"""How fast and how lean the ops are: ``python -m benchmarks.run``."""

@@ -1,0 +1,139 @@
+"""Evaluate a run: retrieval both ways, as a table and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from itm_pipeline.data import PrecompSplit
+from itm_pipeline.environment import pick_device
+from itm_pipeline.errors import UserError
+from itm_pipeline.metrics import five_fold, retrieval
+from itm_pipeline.runs.files import replace_file, write_json
+from itm_pipeline.runs.folder import Which, open_run
+from itm_pipeline.scoring import score_matrix
+
+__all__ = ["evaluate", "metrics_path", "score_matrix", "table"]
+
+
+def evaluate(
+    run: Path,
+    *,
+    split: str = "test",
+    data: Path | None = None,
+    checkpoint: Which = "best",
+    fold5: bool = False,
+    scores: Path | None = None,
+    device: str = "auto",
+    block_mib: int | None = None,
+) -> dict[str, float]:
+    """Retrieval of a run's model on one split; also written into the run as JSON.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    split
+        First part of the file names: test, testall, dev ...
+    data
+        Folder of the split; by default the one that the run was trained on.
+    checkpoint
+        "best" (by dev rsum) or "last".
+    fold5
+        Mean over five folds of consecutive images, COCO's 1K protocol, instead of the full matrix.
+    scores
+        Also save the matrix [I, C] float32 in this .npy file.
+    device
+        auto, cpu, cuda or cuda:N.
+    block_mib
+        Bound on encoded images and captions held at once, MiB; by default the run's own.
+
+    Returns
+    -------
+    dict
+        As `itm_pipeline.metrics.retrieval`.
+
+    Raises
+    ------
+    UserError
+        Run, checkpoint or data are missing, damaged or do not fit each other.
+    """
+    place = pick_device(device)
+    if block_mib is not None and block_mib < 1:
+        raise UserError(f"--block-mib must be at least 1, got {block_mib}")
+    if scores is not None and not scores.absolute().parent.is_dir():
+        raise UserError(f"--scores {scores}: the folder {scores.parent} does not exist; make it first")
+    folder = open_run(run)
+    vocabulary = folder.vocabulary()
+    model, saved = folder.load_model(checkpoint)
+    pictures = PrecompSplit(data if data is not None else folder.config.dataset.data, split)
+    if fold5 and pictures.num_images % 5:
+        raise UserError(
+            f"--fold5 needs a number of images that five divides, {split} in {pictures.folder} has "
+            f"{pictures.num_images}; leave it out"
+        )
+    matrix = score_matrix(
+        model,
+        pictures,
+        vocabulary,
+        block_bytes=(block_mib if block_mib is not None else folder.config.eval_block_mib) * 2**20,
+        device=place,
+        progress=True,
+    )
+    protocol = five_fold if fold5 else retrieval
+    metrics = protocol(matrix, pictures.captions_per_image)
+    if scores is not None:
+        replace_file(scores, lambda temporary: _save_array(temporary, matrix))
+    write_json(
+        metrics_path(run, split, checkpoint, fold5=fold5),
+        {
+            "split": split,
+            "data": str(pictures.folder),
+            "images": pictures.num_images,
+            "captions": pictures.num_captions,
+            "protocol": "five folds" if fold5 else "full",
+            "checkpoint": checkpoint,
+            "epoch": checkpoint_epoch(saved.values),
+            "metrics": metrics,
+        },
+    )
+    return metrics
+
+
+def metrics_path(run: Path, split: str, checkpoint: Which, *, fold5: bool) -> Path:
+    """Where an evaluation is written."""
+    return run / f"metrics-{split}{'-fold5' if fold5 else ''}{'' if checkpoint == 'best' else '-last'}.json"
+
+
+def checkpoint_epoch(values: dict[str, object]) -> object:
+    """Epochs that the weights of a checkpoint have finished."""
+    progress = values.get("progress")
+    return progress["epoch"] if isinstance(progress, dict) else values["epoch"]
+
+
+def _save_array(path: Path, matrix: npt.NDArray[np.float32]) -> None:
+    with path.open("wb") as target:  # a name without .npy, which np.save would append
+        np.save(target, matrix)
+
+
+def table(metrics: dict[str, float]) -> str:
+    """A Markdown table of `itm_pipeline.metrics.retrieval`, aligned to be read in a terminal as well."""
+    rows: list[tuple[str, ...]] = [("", "R@1", "R@5", "R@10", "median rank", "mean rank")]
+    for way, name in (("i2t", "image to text"), ("t2i", "text to image")):
+        recalls = [f"{metrics[f'{way}_r{k}']:.1f}" for k in (1, 5, 10)]
+        rows.append((name, *recalls, f"{metrics[f'{way}_medr']:g}", f"{metrics[f'{way}_meanr']:.1f}"))
+    rows.append(("rsum", f"{metrics['rsum']:.1f}", "", "", "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(cells: tuple[str, ...]) -> str:
+        first, *others = cells
+        return (
+            f"| {first:<{widths[0]}} | "
+            + " | ".join(f"{c:>{w}}" for c, w in zip(others, widths[1:], strict=True))
+            + " |"
+        )
+
+    rule = f"| {'-' * widths[0]} | " + " | ".join("-" * (w - 1) + ":" for w in widths[1:]) + " |"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])])

@@ -1,0 +1,98 @@
+"""The matching model: encoders and scorer under one roof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from itm_kernels.nn import CrossAttentionScorer
+from itm_pipeline.config import Backend, ModelConfig
+from itm_pipeline.models.encoders import ImageEncoder, TextEncoder
+
+WordCounts = Sequence[int] | Tensor
+
+
+class MatchingModel(nn.Module):
+    """Scores of every image against every caption.
+
+    Parameters
+    ----------
+    config
+        Widths and the options of the cross attention.
+    feature_dim
+        Width F of the stored region features.
+    vocab_size
+        Number of words of the vocabulary.
+    workspace_bytes
+        Bound on the memory that the scores work in.
+    backend
+        Which floor of the op runs; "auto" takes the fastest that can.
+
+    Attributes
+    ----------
+    img_enc, txt_enc
+        The encoders; their state dicts have the published names.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        feature_dim: int,
+        vocab_size: int,
+        *,
+        workspace_bytes: int = 256 * 2**20,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.feature_dim = feature_dim
+        self.vocab_size = vocab_size
+        self.img_enc = ImageEncoder(feature_dim, config.embed_dim)
+        self.txt_enc = TextEncoder(vocab_size, config.word_dim, config.embed_dim)
+        self.scorer = CrossAttentionScorer(
+            direction=config.direction,
+            raw_feature_norm=config.raw_feature_norm,
+            lambda_softmax=config.lambda_softmax,
+            agg_func=config.agg_func,
+            lambda_lse=config.lambda_lse,
+            focal=config.focal,
+            workspace_bytes=workspace_bytes,
+            backend=None if backend == "auto" else backend,
+        )
+
+    def encode_images(
+        self,
+        features: Tensor,  # [I, R, F]
+    ) -> Tensor:  # [I, R, D]
+        """Regions in the joint space."""
+        regions: Tensor = self.img_enc(features)
+        return regions
+
+    def encode_captions(
+        self,
+        tokens: Tensor,  # [C, W] int64, zero padded
+        word_counts: WordCounts,  # [C] on the host
+    ) -> Tensor:  # [C, W, D]
+        """Words in the joint space; zeros where a caption has ended."""
+        words: Tensor = self.txt_enc(tokens, word_counts)
+        return words
+
+    def score(
+        self,
+        regions: Tensor,  # [I, R, D]
+        words: Tensor,  # [C, W, D]
+        word_counts: WordCounts,  # [C]
+    ) -> Tensor:  # [I, C]
+        """Similarity of every image and every caption."""
+        scores: Tensor = self.scorer(regions, words, word_counts)
+        return scores
+
+    def forward(
+        self,
+        features: Tensor,  # [I, R, F]
+        tokens: Tensor,  # [C, W]
+        word_counts: WordCounts,  # [C]
+    ) -> Tensor:  # [I, C]
+        """Encode both sides and score every pair."""
+        return self.score(self.encode_images(features), self.encode_captions(tokens, word_counts), word_counts)
