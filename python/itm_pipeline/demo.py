@@ -39,7 +39,7 @@ class Size:
     warmup_epochs: int
 
 
-FULL = Size(train=2000, dev=200, test=500, epochs=6, embed_dim=256, batch_size=64, warmup_epochs=1)
+FULL = Size(train=2000, dev=200, test=500, epochs=5, embed_dim=256, batch_size=64, warmup_epochs=1)
 SMALL = Size(train=60, dev=10, test=20, epochs=2, embed_dim=64, batch_size=16, warmup_epochs=1)
 
 LONGEST_CAPTION = 14

@@ -123,21 +123,36 @@ def test_region_counts_in_any_form(place: Place, form: str) -> None:
 
 
 @pytest.mark.gpu
-def test_counts_on_the_gpu_are_clamped_and_not_read() -> None:
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+def test_counts_on_the_gpu_are_clamped(direction: str) -> None:
     batch = random_batch(128, region_counts=True).to("cuda")
     words, regions = batch.words.nan_to_num(), batch.regions.nan_to_num()
-    expected = cross_attention_scores(regions, words, batch.word_counts, region_counts=batch.region_counts)
     counts = torch.tensor(batch.word_counts, device="cuda")
     of_regions = torch.tensor(batch.region_counts, device="cuda")
+    expected = cross_attention_scores(
+        regions, words, batch.word_counts, region_counts=batch.region_counts, direction=direction
+    )
+    got = cross_attention_scores(regions, words, counts, region_counts=of_regions, direction=direction)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    beyond = cross_attention_scores(regions, words, counts + 1000, region_counts=of_regions + 1000, direction=direction)
+    full = [words.shape[1]] * words.shape[0]
+    torch.testing.assert_close(
+        beyond, cross_attention_scores(regions, words, full, direction=direction), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["list", "device"])
+def test_no_op_waits_for_the_gpu(form: str) -> None:
+    batch = random_batch(128).to("cuda")
+    words, regions = batch.words.nan_to_num().requires_grad_(), batch.regions.requires_grad_()
+    counts = batch.word_counts if form == "list" else torch.tensor(batch.word_counts, device="cuda")
+    upstream = batch.grad_scores.float()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = cross_attention_scores(regions, words, counts, region_counts=of_regions)
-        beyond = cross_attention_scores(regions, words, counts + 1000, region_counts=of_regions + 1000)
+        cross_attention_scores(regions, words, counts).backward(upstream)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
-    full = [words.shape[1]] * words.shape[0]
-    torch.testing.assert_close(beyond, cross_attention_scores(regions, words, full), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
