@@ -3,6 +3,9 @@
 //   LogSumExp log(sum exp(lambda x)) / lambda (shifted by its maximum), Max (gradient to the first arg-max), Sum, Mean.
 // No include guard: compiled once per instruction set.
 
+// A NaN is the largest of all, as in torch: it must reach the score. (Nothing beats it: every comparison fails.)
+ITM_INLINE bool beats(float x, float best) { return x > best || (x != x && best == best); }
+
 ITM_INLINE float aggregate(const float* x, int64_t n, Aggregation aggregation, float lambda) {
   if (aggregation == Aggregation::kSum || aggregation == Aggregation::kMean) {
     float total = 0.0f;
@@ -10,7 +13,7 @@ ITM_INLINE float aggregate(const float* x, int64_t n, Aggregation aggregation, f
     return aggregation == Aggregation::kSum ? total : total / static_cast<float>(n);
   }
   float best = x[0];
-  for (int64_t i = 1; i < n; ++i) best = x[i] > best ? x[i] : best;
+  for (int64_t i = 1; i < n; ++i) best = beats(x[i], best) ? x[i] : best;
   if (aggregation == Aggregation::kMax) return best;
   Vec total{};
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -27,7 +30,7 @@ ITM_INLINE void aggregate_backward(const float* x, int64_t n, Aggregation aggreg
     return;
   }
   int64_t best = 0;
-  for (int64_t i = 1; i < n; ++i) best = x[i] > x[best] ? i : best;
+  for (int64_t i = 1; i < n; ++i) best = beats(x[i], x[best]) ? i : best;
   if (aggregation == Aggregation::kMax) {
     for (int64_t i = 0; i < n; ++i) grad_x[i] = i == best ? grad : 0.0f;
     return;

@@ -2,11 +2,11 @@
 // u = G a, and the gradient dG = sum over queries of dq a a^T. Register-blocked 4 keys x 2 vectors (forward) and
 // 4 x 4 keys (outer); the odd rows at the end run one at a time. No include guard: compiled once per instruction set.
 
-// Rows [k0, k0 + kRows) of G times two vectors of weights, over keys [0, last).
+// kRows rows of G times kVecs vectors of weights.
 template <int kRows, int kVecs>
-ITM_INLINE void gram_rows(const float* gram, int64_t stride, const float* weights, int64_t width, int64_t first,
-                          int64_t last, Vec (&sum)[kRows][kVecs]) {
-  for (int64_t j = first; j < last; ++j) {
+ITM_INLINE void gram_rows(const float* gram, int64_t stride, const float* weights, int64_t width, int64_t keys,
+                          Vec (&sum)[kRows][kVecs]) {
+  for (int64_t j = 0; j < keys; ++j) {
     Vec a[kVecs];
     for (int v = 0; v < kVecs; ++v) a[v] = load(weights + j * width + v * kLanes);
     for (int i = 0; i < kRows; ++i) {
@@ -20,16 +20,9 @@ ITM_INLINE void gram_block(const Tile& tile, const float* gram, int64_t stride, 
   Vec sum[kRows][kVecs] = {};
   const float* column = tile.weights + l;
   const float* rows = gram + k0 * stride;
-  if (kWithImage) {
-    gram_rows<kRows, kVecs>(rows, stride, column, tile.width, 0, tile.keys, sum);
-  } else {
-    // G is symmetric: what lies left of the diagonal block counts twice, what lies right of it not at all.
-    gram_rows<kRows, kVecs>(rows, stride, column, tile.width, 0, k0, sum);
-    for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVecs; ++v) sum[i][v] *= 2.0f;
-    }
-    gram_rows<kRows, kVecs>(rows, stride, column, tile.width, k0, k0 + kRows, sum);
-  }
+  // All of G, though it is symmetric: twice a triangle would be half the work, but where keys cancel the rows of G a are
+  // small one by one, while a triangle's parts are not.
+  gram_rows<kRows, kVecs>(rows, stride, column, tile.width, tile.keys, sum);
   for (int v = 0; v < kVecs; ++v) {
     float* quadratic = tile.quadratic + l + v * kLanes;
     Vec total = k0 == 0 ? splat(0.0f) : load(quadratic);

@@ -54,6 +54,8 @@ def forward(
                 _epilogue(products, images, captions, options, out, accumulate=False)
             if turned is not None:
                 _epilogue(turned, captions, images, options, out.t(), accumulate=options.t2i)
+            del images  # before the next block's rows are made, not after
+        del captions
     return scores
 
 
@@ -86,13 +88,16 @@ def backward(
                 _add_product(rows, grad_products, captions.rows, first=True)
                 images.add_own_gradient(rows)
                 batch.images.put(grad_regions, i0, i1, rows, add=c0 > 0)
+                del rows
             else:
                 _add_product(of_images, grad_products, captions.rows, first=c0 == 0)
                 images.add_own_gradient(of_images)
             _add_product(of_captions, grad_products.t(), images.rows, first=i0 == 0)
             captions.add_own_gradient(of_captions)
+            del images, of_images  # before the next block's are made, not after
         if not direct:
             batch.captions.put(grad_words, c0, c1, of_captions, add=False)
+        del captions, of_captions
     return grad_regions.to(regions.dtype), grad_words.to(words.dtype)
 
 
@@ -215,6 +220,8 @@ class _Batch:
         """Reused from block to block, so that it stays in the cache."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < rows * columns:
+            del buffer  # a larger one takes its place: not both at once
+            self._buffers.pop(name, None)
             buffer = self._buffers[name] = torch.empty(rows * columns, dtype=dtype, device="cpu")
         return buffer[: rows * columns].view(rows, columns)
 

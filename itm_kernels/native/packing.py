@@ -58,8 +58,7 @@ class Packed:
 
     def put(self, gradient: Tensor, start: int, stop: int, rows: Tensor, *, add: bool) -> None:
         """Write or add a block's rows where they belong; padding stays zero."""
-        places = self._places(start, stop)
-        gradient.index_put_(places, gradient[places] + rows if add else rows)
+        gradient.index_put_(self._places(start, stop), rows, accumulate=add)
 
     def _places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:  # [n], [n]: group, and row within it
         counts = self.offsets[start + 1 : stop + 1] - self.offsets[start:stop]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from itm_kernels.backends import check_backend, pick, requested
 from itm_kernels.layout import CaptionLayout
 from itm_kernels.ops.library import define
-from itm_kernels.ops.options import ScoreOptions, check_options
+from itm_kernels.ops.options import ScoreOptions, check_options, number
 from itm_kernels.ops.pairs import autocast_inputs, check_count_values, check_pairs, score_dtype
 
 OP = "cross_attention_scores"
@@ -108,17 +107,18 @@ def cross_attention_scores(
     options = ScoreOptions(
         direction,
         raw_feature_norm,
-        float(lambda_softmax),
+        number(OP, "lambda_softmax", lambda_softmax),
         agg_func,
-        float(lambda_lse),
+        number(OP, "lambda_lse", lambda_lse),
         "none" if focal is None else focal,
-        float(peak_weight),
+        number(OP, "peak_weight", peak_weight),
     )
     if focal == "none":  # our own spelling, not the contract's
         raise ValueError(f"{OP}: focal must be None, 'equal' or 'prob', got 'none'")
     check_options(OP, options)
     check_backend(OP, backend)
-    workspace_bytes = operator.index(workspace_bytes)
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"{OP}: workspace_bytes must be a whole number, got {workspace_bytes!r}")
     if workspace_bytes < 1:
         raise ValueError(f"{OP}: workspace_bytes must be positive, got {workspace_bytes}")
     regions, words = autocast_inputs(regions, words)

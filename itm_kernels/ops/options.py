@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
+from numbers import Real
 
 DIRECTIONS = ("t2i", "i2t", "both")
 # The order of the next three is that of the enumerations in csrc/common/options.h.
@@ -46,6 +47,13 @@ class ScoreOptions:
             self.lambda_lse,
             self.peak_weight,
         )
+
+
+def number(op: str, name: str, value: object) -> float:
+    """``value`` as a float, or ``TypeError``: text that looks like a number is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return float(value)
 
 
 def check_options(op: str, options: ScoreOptions) -> None:

@@ -40,7 +40,7 @@ Case = tuple[tuple[str, Any], ...]
 @functools.cache
 def small(case: Case) -> tuple[Batch, Tensor, Result]:
     """A batch for one of all options, the pairs that rounding decides, and the truth."""
-    batch, excused = decided(random_batch(2, captions=4, shortest=3), dict(case))
+    batch, excused = decided(random_batch(2, images=3, captions=4, shortest=3), dict(case))
     return batch, excused, truth(batch, **dict(case))
 
 

@@ -223,7 +223,6 @@ def test_packed_words(counts: Any, message: str) -> None:
     assert_refused(ValueError, message, **(packed() | {"word_counts": counts}))
 
 
-@pytest.mark.xfail(strict=True, reason="strings of digits pass for numbers, and other types speak in Python's voice")
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lambda_softmax", "9"), ("lambda_softmax", None), ("lambda_lse", [6.0]), ("peak_weight", "0.5"),

@@ -58,7 +58,7 @@ def test_half_precision_stays_on_the_ladder(fast_place: Place, dtype: torch.dtyp
 @functools.cache
 def ragged(dtype: torch.dtype, direction: str) -> tuple[Batch, Result, Result]:
     """A ragged batch, its truth and eager's result, with packed words."""
-    batch = random_batch(152, images=32, captions=32, width=40, region_counts=True, shortest=6, dtype=dtype)
+    batch = random_batch(152, images=70, captions=15, width=40, region_counts=True, shortest=6, dtype=dtype)
     packed = batch.packed()
     return batch, truth(packed, direction=direction), run(packed, "eager", direction=direction)
 

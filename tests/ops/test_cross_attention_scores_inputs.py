@@ -34,7 +34,7 @@ def gradients_of(batch: Batch, place: Place, regions: Tensor, words: Tensor, **o
     return [scores.detach(), *torch.autograd.grad(scores, inputs, batch.grad_scores.to(scores.dtype))]
 
 
-@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+@pytest.mark.parametrize("direction", ["t2i", "both"])
 @pytest.mark.parametrize("region_counts", [False, True], ids=["whole", "ragged"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_do_not_matter(place: Place, view: str, region_counts: bool, direction: str) -> None:
