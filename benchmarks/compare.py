@@ -10,7 +10,7 @@ import torch
 from benchmarks import machine, memory, ops
 from benchmarks.cases import Case
 from benchmarks.contender import PHASES, PRODUCT, Contender
-from benchmarks.measure import interleave, ratio, rounds_within, summarize, timer_for
+from benchmarks.measure import QUIET, Call, CoreShare, interleave, ratio, rounds_within, summarize, timer_for
 from benchmarks.parity import assert_parity
 from benchmarks.records import Record
 
@@ -65,8 +65,16 @@ def compare(what: Comparison, tell: Callable[[str], None]) -> Iterator[list[Reco
         affordable = {
             key: contender for key, contender in contenders.items() if _fits(contender, phase, what.device, tell)
         }
-        calls = {key: contender.calls[phase] for key, contender in affordable.items()}
+        calls: dict[Key, Call] = {key: contender.calls[phase] for key, contender in affordable.items()}
+        yardstick = YARDSTICK[what.device.type], PRODUCT
+        calls[yardstick] = shares = CoreShare(calls[yardstick])
         times = interleave(calls, rounds_within(calls, what.seconds, timer), timer)
+        share = summarize(shares.shares).median
+        if what.device.type == "cpu" and share < QUIET:
+            tell(
+                f"{phase}: the machine is busy: the bare product got {share:.0%} of its threads. Methods suffer from "
+                "that unequally; measure again when it is quiet"
+            )
         yield [
             _record(what, workloads[key[0]], contender, phase, key, times)
             for key, contender in affordable.items()

@@ -15,8 +15,8 @@ Reads one image a line: `{"image", "captions": [5], "phrases": [{"phrase", "box"
     OUT/Annotations/ID.xml     one <object> per chain, 1-based pixels
 
 What is simulated: a region's feature is relu(P z), z the normalised sum of one fixed random vector per content word of
-every phrase that points at its box, plus noise. A jittered proposal mixes its box's z with noise by its IoU; the rest of
-the 36 regions are distractors made of words that this image's phrases do not contain. A word's vector depends on the
+every phrase that points at its box, plus noise. A jittered proposal mixes its box's z with noise by its IoU; the rest
+of the 36 regions are distractors made of words that this image's phrases do not contain. A word's vector depends on the
 word alone, so every set made with one --dim shares one visual world. Scores on this data say how a model learns from
 real captions and real boxes; they do not compare with any published table.
 """
@@ -38,9 +38,7 @@ import numpy.typing as npt
 
 REGIONS = 36
 PROJECTION_SEED = 1234
-STOP = frozenset(
-    "a an the of in on at to and or with his her their its some two three four five several many s".split()
-)
+STOP = re.compile("a|an|the|of|in|on|at|to|and|or|with|his|her|their|its|some|two|three|four|five|several|many|s")
 
 Array = npt.NDArray[Any]
 
@@ -48,20 +46,24 @@ Array = npt.NDArray[Any]
 def content_words(phrase: str) -> tuple[str, ...]:
     """Words that say what is seen, in the singular; all words where none does."""
     words = re.findall(r"[a-z]+", phrase.lower())
-    kept = [w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in words if w not in STOP]
+    kept = [
+        w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w for w in words if not STOP.fullmatch(w)
+    ]
     return tuple(dict.fromkeys(kept or words))
 
 
 @functools.cache
 def word_vector(word: str, dim: int) -> Array:
     """A word's fixed direction [dim]."""
-    vector = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim)
-    return vector / np.linalg.norm(vector)
+    vector: Array = np.random.default_rng(zlib.crc32(word.encode())).standard_normal(dim)
+    vector /= np.linalg.norm(vector)
+    return vector
 
 
 def unit(vector: Array) -> Array:
     """Length 1."""
-    return vector / (np.linalg.norm(vector) + 1e-8)
+    scaled: Array = vector / (np.linalg.norm(vector) + 1e-8)
+    return scaled
 
 
 def iou(a: Array, b: Array) -> float:
@@ -69,7 +71,7 @@ def iou(a: Array, b: Array) -> float:
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     inter = max(width, 0) * max(height, 0)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
-    return inter / (areas[0] + areas[1] - inter + 1e-9)
+    return float(inter / (areas[0] + areas[1] - inter + 1e-9))
 
 
 def regions_of(
@@ -90,7 +92,7 @@ def regions_of(
         for chain in order:
             if len(latents) >= REGIONS - 8:
                 break
-            z = unit(sum(word_vector(word, dim) for word in sorted(chains[tuple(chain)])))
+            z = unit(sum((word_vector(word, dim) for word in sorted(chains[tuple(chain)])), np.zeros(dim)))
             true = np.array(chain, float) - 1  # the source counts pixels from 1
             box = true
             if copy:

@@ -57,7 +57,8 @@ def commit() -> str:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can be had on the device now; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -99,6 +99,35 @@ def rounds_within(calls: Mapping[Key, Call], seconds: float, timer: Timer) -> in
     return min(max(int(seconds * 1e3 / max(pilot, 1e-6)), FEWEST_ROUNDS), MOST_ROUNDS)
 
 
+class CoreShare:
+    """A call that keeps all its threads busy, such as a large product, noting the share of them that it gets.
+
+    On a machine of its own the share is nearly 1. Where others hold the cores it falls, and methods suffer unequally:
+    one that waits for all its threads after every step loses more than one that runs on a single thread for a while.
+    Their ratio is then no ratio of their speeds.
+
+    Attributes
+    ----------
+    shares
+        Processor time / (time x threads) of every call, in order.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self.shares: list[float] = []
+
+    def __call__(self) -> Any:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = self._call()
+        cpu = time.process_time() - cpu
+        self.shares.append(cpu / max((time.perf_counter() - wall) * torch.get_num_threads(), 1e-9))
+        return result
+
+
+QUIET = 0.75
+"""From this share on a machine counts as quiet."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Of the rounds of one method; the unit of the values it was made of."""

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from itm_pipeline.runs import open_run
@@ -62,6 +63,7 @@ def curves(run: Path) -> Path:
         label="mean of six recalls",
     )
     right.set(xlabel="epoch", ylabel="percent", title="validation", ylim=(0, 100))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(loc="lower right", frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)

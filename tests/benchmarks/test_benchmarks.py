@@ -140,6 +140,32 @@ def test_cpu_timer_times_the_call_alone() -> None:
     assert min(timer.start(lambda: None)() for _ in range(5)) < 0.5
 
 
+def test_share_of_the_cores() -> None:
+    torch.set_num_threads(1)
+
+    def work() -> str:
+        end = time.process_time() + 0.05
+        while time.process_time() < end:
+            pass
+        return "done"
+
+    def work_half_the_time() -> None:
+        began = time.perf_counter()
+        work()
+        time.sleep(time.perf_counter() - began)
+
+    alone, waiting = measure.CoreShare(work), measure.CoreShare(work_half_the_time)
+    assert [alone() for _ in range(3)] == ["done"] * 3
+    assert len(alone.shares) == 3
+    assert 0 < max(alone.shares) <= 1.01  # 1 on a machine of its own
+    for _ in range(3):
+        waiting()
+    assert max(waiting.shares) <= 0.51
+    torch.set_num_threads(4)  # work() uses one of them
+    alone()
+    assert alone.shares[-1] <= 0.26
+
+
 # memory
 
 

@@ -3,8 +3,10 @@
     python -m pytest --benchmark-only tests/benchmarks          # `make bench-gate`; plain pytest skips them
 
 What is compared takes turns round by round with cold caches, on two threads, and a gate looks at the median of the
-rounds' ratios: half of the rounds may be disturbed by other programs. What was seen is in the message and, for
-comparing runs over time, in the ``extra_info`` of pytest-benchmark's JSON beside the time of the op itself.
+rounds' ratios: half of the rounds may be disturbed by other programs. Against the product that holds even on a machine
+that is busy throughout, since both lose alike; the loop does not, and its gate counts quiet rounds alone. What was seen
+is in the message and, for comparing runs over time, in the ``extra_info`` of pytest-benchmark's JSON beside the time of
+the op itself.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ MOST_PEAK = 256 * memory.MIB
 # Enough for a median that a burst of other work does not move; a round of the loop takes seconds.
 ROUNDS = {FORWARD: 15, BOTH: 9}
 ROUNDS_OF_LOOP = {FORWARD: 9, BOTH: 5}
+FEWEST_QUIET_ROUNDS = 3
 
 Make = Callable[..., Contender]
 
@@ -91,9 +94,18 @@ def test_costs_little_more_than_its_products(
 def test_is_several_times_faster_than_the_loop(
     benchmark: BenchmarkFixture, make: Make, direction: str, phase: str
 ) -> None:
+    product = measure.CoreShare(make(PRODUCT, direction).calls[phase])
     calls = {name: make(name, direction).calls[phase] for name in ("native", "reference")}
-    times = take_turns(calls, ROUNDS_OF_LOOP[phase])
-    speedup = measure.ratio(times["reference"], times["native"])
+    times = take_turns({**calls, PRODUCT: product}, ROUNDS_OF_LOOP[phase])
+    # The loop has parts on a single thread, and so loses less than the op where other programs hold the cores.
+    quiet = [r for r, share in enumerate(product.shares[-ROUNDS_OF_LOOP[phase] :]) if share >= measure.QUIET]
+    if len(quiet) < FEWEST_QUIET_ROUNDS:
+        pytest.skip(
+            f"needs a machine of its own: the bare product got {measure.summarize(product.shares).median:.0%} of its "
+            f"{THREADS} threads; the ratio to the product is gated all the same"
+        )
+    loop, own = ([times[name][r] for r in quiet] for name in ("reference", "native"))
+    speedup = measure.ratio(loop, own)
     report(benchmark, calls["native"], times["native"], speedup_vs_loop=speedup.median)
     assert speedup.median >= LEAST_SPEEDUP_VS_LOOP, sentence(
         f"speed-up over the loop, {direction}, {phase},", speedup, f">= {LEAST_SPEEDUP_VS_LOOP}"
