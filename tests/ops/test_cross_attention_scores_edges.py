@@ -209,7 +209,7 @@ def test_nan_reaches_the_scores_it_belongs_to(place: Place, direction: str, agg_
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
 def test_a_cosine_stays_a_cosine_where_keys_cancel(place: Place, direction: str) -> None:
-    # Two opposite keys, attended almost equally: what is attended to is nearly nothing, its norm a difference of equals.
+    # Two opposite keys, attended almost equally: what is attended to is nearly nothing, a difference of equals.
     generator = torch.Generator().manual_seed(0)
     key, queries = unit(20, 1, 16, generator=generator), unit(20, 3, 16, generator=generator)
     keys = torch.cat([key, -key], 1).float().to(place.device)
