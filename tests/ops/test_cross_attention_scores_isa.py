@@ -27,7 +27,7 @@ from itm_kernels.native import host
 
 SIZES = ({"regions": 7, "words": 13, "width": 37}, {"regions": 40, "words": 33, "width": 64})
 assert host().cpu_capability() == sys.argv[1], host().cpu_capability()
-for options, sizes in zip(option_pairs(), itertools.cycle(SIZES)):
+for options, sizes in zip(option_pairs()[::2], itertools.cycle(SIZES)):
     batch, excused = decided(random_batch(181, images=3, captions=3, shortest=3, **sizes), options)
     true = truth(batch, **options)
     assert_ladder(run(batch, "native", **options), run(batch, "eager", **options), true, options, excused=excused)
