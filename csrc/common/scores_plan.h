@@ -26,11 +26,11 @@ struct ScoresPlan {
   int64_t launches;                     // library products and kernels
 };
 
-// A block of products is written by the library and read back by the epilogue. Twice 1 MiB of second-level cache plus
-// a share of the third level is what a core has on current servers; measured on one, 2 to 8 MiB a thread are alike and
-// smaller blocks lose in the product.
+// A block of products is written by the library and read back by the epilogue, so it should fit the second-level cache
+// of a core (1 to 2 MiB on current servers) and its share of the third level (2 to 16 MiB). Chosen from those sizes, not
+// by a sweep; the ratios in docs/performance-log.md were measured with it.
 constexpr int64_t kBlockBytesPerThread = 4 << 20;
-// Fewer words than this make the product repack its other operand too often.
+// With fewer words the product would repack its other operand more often for the same work.
 constexpr int64_t kBlockWords = 2048;
 
 struct BlockSize {
