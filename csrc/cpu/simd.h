@@ -57,7 +57,7 @@ ITM_INLINE float largest_of_lanes(Vec v) {
   return best;
 }
 
-// e^x for x <= 0 (every exponent here is shifted by its maximum first), relative error below 2e-7: Cody-Waite
+// e^x for x <= 0 (every exponent here is shifted by its maximum first), relative error below 3e-7: Cody-Waite
 // reduction to [-ln2/2, ln2/2] and a polynomial of degree 6. Below -87 the result is e^-87, about 1e-38. NaN stays NaN.
 ITM_INLINE Vec exp_of_nonpositive(Vec x) {
   const Vec low = splat(-87.0f);
