@@ -150,9 +150,10 @@ def forward(
     options: ScoreOptions,
     *,
     workspace_bytes: int,
+    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> Tensor:  # [I, C]
     """Scores, block by block."""
-    batch = _Batch(regions, words, word_counts, region_counts)
+    batch = _Batch(regions, words, word_counts, word_offsets, region_counts)
     scores = regions.new_empty(batch.images, batch.captions, dtype=score_dtype(regions.dtype))
     for rows, longest in batch.caption_blocks(options, workspace_bytes):
         captions = batch.captions_of(rows, longest)
@@ -172,9 +173,10 @@ def backward(
     options: ScoreOptions,
     *,
     workspace_bytes: int,
+    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> tuple[Tensor, Tensor]:
     """Gradients, block by block; float32 accumulators for half-precision inputs."""
-    batch = _Batch(regions, words, word_counts, region_counts)
+    batch = _Batch(regions, words, word_counts, word_offsets, region_counts)
     wide = score_dtype(regions.dtype)
     grad_regions = torch.zeros(regions.shape, dtype=wide, device=regions.device)
     grad_words = torch.zeros(words.shape, dtype=wide, device=words.device)
@@ -225,14 +227,24 @@ def _through_gram_and_norms(side: Side, grad_gram: Tensor | None, grad_norms: Te
 class _Batch:
     """Cuts a batch into blocks and puts their gradients back."""
 
-    def __init__(self, regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None) -> None:
+    def __init__(
+        self,
+        regions: Tensor,
+        words: Tensor,
+        word_counts: Tensor,
+        word_offsets: Tensor | None,
+        region_counts: Tensor | None,
+    ) -> None:
         self.regions, self.words = regions, words
         self.images, self.captions = regions.shape[0], word_counts.shape[0]
         self.counts_on_host = word_counts.device.type == "cpu"
         if words.dim() == 3:
             word_counts = word_counts.clamp(1, words.shape[1])
         self.word_counts = word_counts.to(words.device)
-        self.starts = offsets_of(self.word_counts) if words.dim() == 2 else None
+        if words.dim() == 3:
+            self.starts = None
+        else:
+            self.starts = offsets_of(self.word_counts) if word_offsets is None else word_offsets
         if self.counts_on_host:
             host = word_counts.tolist()
             self.order = sorted(range(self.captions), key=host.__getitem__)

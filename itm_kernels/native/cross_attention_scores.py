@@ -40,6 +40,7 @@ def forward(
     options: ScoreOptions,
     *,
     workspace_bytes: int,
+    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> Tensor:  # [I, C] float32
     """Scores, block by block."""
     batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, backward=False)
@@ -68,6 +69,7 @@ def backward(
     options: ScoreOptions,
     *,
     workspace_bytes: int,
+    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> tuple[Tensor, Tensor]:
     """Gradients in the dtype of the inputs; accumulation in float32."""
     batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, backward=True)

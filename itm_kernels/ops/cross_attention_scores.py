@@ -103,7 +103,7 @@ def cross_attention_scores(
     "Position Focused Attention Network", IJCAI 2019 (``peak_weight=0.5``). Under autocast the products run in the
     autocast dtype. Two runs on the same input give the same bits.
     """
-    counts, of_regions = check_pairs(OP, regions, words, word_counts, region_counts)
+    counts, offsets, of_regions = check_pairs(OP, regions, words, word_counts, region_counts)
     options = ScoreOptions(
         direction,
         raw_feature_norm,
@@ -123,28 +123,39 @@ def cross_attention_scores(
         raise ValueError(f"{OP}: workspace_bytes must be positive, got {workspace_bytes}")
     regions, words = autocast_inputs(regions, words)
     scores: Tensor = CrossAttentionScores.apply(
-        regions, words, counts, of_regions, (*options.as_arguments(), workspace_bytes, requested(backend))
+        regions, words, counts, offsets, of_regions, (*options.as_arguments(), workspace_bytes, requested(backend))
     )
     return scores
 
 
 _INPUTS = (
-    "Tensor regions, Tensor words, Tensor word_counts, Tensor? region_counts, str direction, str raw_feature_norm, "
-    "float lambda_softmax, str agg_func, float lambda_lse, str focal, float peak_weight, int workspace_bytes, "
-    "str backend"
+    "Tensor regions, Tensor words, Tensor word_counts, Tensor? word_offsets, Tensor? region_counts, str direction, "
+    "str raw_feature_norm, float lambda_softmax, str agg_func, float lambda_lse, str focal, float peak_weight, "
+    "int workspace_bytes, str backend"
 )
 
 
 def _forward(
-    regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None, *rest: Any
+    regions: Tensor,
+    words: Tensor,
+    word_counts: Tensor,
+    word_offsets: Tensor | None,
+    region_counts: Tensor | None,
+    *rest: Any,
 ) -> Tensor:  # [I, C]
     *options, workspace_bytes, backend = rest
     check_count_values(OP, regions, words, word_counts, region_counts)
     floor = pick(OP, regions.device, regions.dtype, backend)
     if not regions.shape[0] or not word_counts.shape[0]:
-        return _forward_fake(regions, words, word_counts, region_counts)
+        return _forward_fake(regions, words, word_counts)
     scores: Tensor = floor.forward(
-        regions, words, word_counts, region_counts, ScoreOptions(*options), workspace_bytes=workspace_bytes
+        regions,
+        words,
+        word_counts,
+        region_counts,
+        ScoreOptions(*options),
+        workspace_bytes=workspace_bytes,
+        word_offsets=word_offsets,
     )
     return scores
 
@@ -158,6 +169,7 @@ def _backward(
     regions: Tensor,
     words: Tensor,
     word_counts: Tensor,
+    word_offsets: Tensor | None,
     region_counts: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -167,7 +179,14 @@ def _backward(
     if not regions.shape[0] or not word_counts.shape[0]:
         return tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (regions, words))  # type: ignore[return-value]
     grads: tuple[Tensor, Tensor] = floor.backward(
-        grad_scores, regions, words, word_counts, region_counts, ScoreOptions(*options), workspace_bytes=workspace_bytes
+        grad_scores,
+        regions,
+        words,
+        word_counts,
+        region_counts,
+        ScoreOptions(*options),
+        workspace_bytes=workspace_bytes,
+        word_offsets=word_offsets,
     )
     return grads
 
@@ -192,20 +211,25 @@ class CrossAttentionScores(torch.autograd.Function):
     # context is one of them.
     @staticmethod
     def forward(
-        regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None, rest: tuple[Any, ...]
+        regions: Tensor,
+        words: Tensor,
+        word_counts: Tensor,
+        word_offsets: Tensor | None,
+        region_counts: Tensor | None,
+        rest: tuple[Any, ...],
     ) -> Tensor:
-        scores: Tensor = forward_op(regions, words, word_counts, region_counts, *rest)
+        scores: Tensor = forward_op(regions, words, word_counts, word_offsets, region_counts, *rest)
         return scores
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        regions, words, word_counts, region_counts, ctx.rest = inputs
-        ctx.save_for_backward(regions, words, word_counts, region_counts)
+        *tensors, ctx.rest = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         grads = CrossAttentionScoresBackward.apply(grad_scores, *ctx.saved_tensors, ctx.rest)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 class CrossAttentionScoresBackward(torch.autograd.Function):
@@ -221,10 +245,13 @@ class CrossAttentionScoresBackward(torch.autograd.Function):
         regions: Tensor,
         words: Tensor,
         word_counts: Tensor,
+        word_offsets: Tensor | None,
         region_counts: Tensor | None,
         rest: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor] = backward_op(grad_scores, regions, words, word_counts, region_counts, *rest)
+        grads: tuple[Tensor, Tensor] = backward_op(
+            grad_scores, regions, words, word_counts, word_offsets, region_counts, *rest
+        )
         return grads
 
     @staticmethod

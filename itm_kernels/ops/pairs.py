@@ -20,10 +20,10 @@ def check_pairs(
     words: Tensor,  # [C, W, D] or packed [N, D]
     word_counts: Counts,
     region_counts: Sequence[int] | Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Raise on anything that does not fit; return word and region counts as int64 tensors.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Raise on anything that does not fit; return word counts, word offsets (of a layout alone) and region counts.
 
-    Values of counts are looked at in :func:`check_count_values`, inside the op: under ``torch.compile`` they do not
+    All int64. Values of counts are looked at in :func:`check_count_values`, inside the op: under ``torch.compile`` they do not
     exist yet here.
     """
     for name, tensor in (("regions", regions), ("words", words)):
@@ -55,15 +55,20 @@ def check_pairs(
     if words.dim() == 2 and counts.device.type != "cpu":
         raise ValueError(f"{op}: packed words need word_counts on the host, got a tensor on {counts.device}")
     _check_device(op, "word_counts", counts, regions)
+    offsets = word_counts.offsets if isinstance(word_counts, CaptionLayout) else None
+    if offsets is not None and offsets.device != regions.device:
+        raise ValueError(
+            f"{op}: word_counts is a CaptionLayout on {offsets.device}, regions and words are on {regions.device}"
+        )
     if region_counts is None:
-        return counts, None
+        return counts, offsets, None
     of_regions = host_counts(op, "region_counts", region_counts)
     if of_regions.shape[0] != regions.shape[0]:
         raise ValueError(
             f"{op}: region_counts must be [I] with I = {regions.shape[0]} as in regions, got [{of_regions.shape[0]}]"
         )
     _check_device(op, "region_counts", of_regions, regions)
-    return counts, of_regions
+    return counts, offsets, of_regions
 
 
 def _check_device(op: str, name: str, counts: Tensor, regions: Tensor) -> None:

@@ -46,6 +46,7 @@ def forward(
     options: ScoreOptions,
     *,
     workspace_bytes: int | None = None,  # the definition is not cut into blocks
+    word_offsets: Tensor | None = None,  # [C + 1]; it reads the counts
 ) -> Tensor:  # [I, C]
     """Scores by the literal formula. Differentiable by autograd."""
     dtype = score_dtype(regions.dtype)
@@ -68,6 +69,7 @@ def backward(
     options: ScoreOptions,
     *,
     workspace_bytes: int | None = None,
+    word_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``sum(scores * grad_scores)`` by autograd of the literal formula."""
     with torch.enable_grad():

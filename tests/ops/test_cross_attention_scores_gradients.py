@@ -145,7 +145,7 @@ def test_the_opaque_op_alone_records_nothing() -> None:
     regions = batch.regions.requires_grad_()
     options = ("t2i", "clipped_l2norm", 9.0, "LogSumExp", 6.0, "none", 0.0, 1 << 20, "auto")
     scores = torch.ops.itm_kernels.cross_attention_scores(
-        regions, batch.words, torch.tensor(batch.word_counts), None, *options
+        regions, batch.words, torch.tensor(batch.word_counts), None, None, *options
     )
     assert not scores.requires_grad
 

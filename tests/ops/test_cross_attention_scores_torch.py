@@ -24,7 +24,7 @@ def arguments(batch: Batch, backend: str, *, requires_grad: bool) -> tuple[Any, 
     counts = torch.tensor(batch.word_counts)
     of_regions = None if batch.region_counts is None else torch.tensor(batch.region_counts)
     regions, words = (t.nan_to_num().requires_grad_(requires_grad) for t in (batch.regions, batch.words))
-    return regions, words, counts, of_regions, *OPTIONS, backend
+    return regions, words, counts, None, of_regions, *OPTIONS, backend
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
