@@ -30,10 +30,11 @@ def _square(batch: int) -> Case:
     return Case(f"b{batch}", batch, batch, regions=36, width=1024)
 
 
-CASES = {case.name: case for case in (Case("tiny", 8, 8, 5, 64), *map(_square, (32, 128, 512, 1024, 4096)))}
+SIZES = (32, 128, 512, 1024, 2048, 4096, 8192, 16384)
+CASES = {case.name: case for case in (Case("tiny", 8, 8, 5, 64), *map(_square, SIZES))}
 """``tiny`` shows that everything runs and measures nothing; the others are batches of SCAN and its kin."""
 
-DEFAULT_CASES = {"cpu": ("b32", "b128"), "cuda": ("b128", "b512", "b1024", "b4096")}
+DEFAULT_CASES = {"cpu": ("b32", "b128"), "cuda": tuple(f"b{size}" for size in SIZES if size >= 128)}
 """What a run without ``--case`` takes; on a CPU b512 is minutes for every method, so it is asked for by name."""
 
 

@@ -31,6 +31,8 @@ class Contender:
         anew. They are the op's results and no part of its extra memory.
     needed_bytes
         By phase: roughly what a call takes from the device's memory, where that may be more than there is.
+    preparation_s
+        Roughly how long the first calls take beyond their work: a compiler's time.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Contender:
     graph: Callable[[], Tensor] | None
     owned_bytes: dict[str, int]
     needed_bytes: dict[str, int]
+    preparation_s: float = 0.0
 
 
 def differentiable(
@@ -49,7 +52,8 @@ def differentiable(
     scores_of: Callable[..., Tensor],
     leaves: Sequence[Tensor],  # require grad
     grad_scores: Tensor,
-    needed_bytes: dict[str, int],
+    extra_bytes: dict[str, int],  # by phase, roughly, beyond scores and gradients
+    preparation_s: float = 0.0,
 ) -> Contender:
     """A contender from a function of its inputs that autograd differentiates."""
 
@@ -65,6 +69,7 @@ def differentiable(
     scores_bytes = grad_scores.numel() * grad_scores.element_size()
     per_element = dtype.itemsize + (4 if dtype in HALF else 0)
     grad_bytes = sum(leaf.numel() for leaf in leaves) * per_element
+    owned = {FORWARD: scores_bytes, BOTH: scores_bytes + grad_bytes}
     return Contender(
         method,
         backend,
@@ -72,6 +77,7 @@ def differentiable(
         grad_scores.device,
         {FORWARD: forward, BOTH: forward_backward},
         lambda: scores_of(*leaves),
-        {FORWARD: scores_bytes, BOTH: scores_bytes + grad_bytes},
-        needed_bytes,
+        owned,
+        {phase: owned[phase] + extra_bytes.get(phase, 0) for phase in PHASES},
+        preparation_s,
     )

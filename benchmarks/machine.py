@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
 import re
 import subprocess
@@ -22,9 +24,9 @@ def model_name(device: torch.device) -> str:
 
 
 def describe(device: torch.device) -> str:
-    """The record's ``device``: model, and on a CPU the number of threads, which decides as much."""
+    """The record's ``device``: model and what decides as much: a CPU's threads, how a GPU multiplies float32."""
     if device.type == "cuda":
-        return model_name(device)
+        return f"{model_name(device)}, TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}"
     threads = torch.get_num_threads()
     return f"{model_name(device)}, {threads} thread{'s' if threads != 1 else ''}"
 
@@ -39,8 +41,15 @@ def has_fast_bfloat16() -> bool:
     return any(flag in _cpuinfo("flags").split() for flag in FAST_BFLOAT16)
 
 
+@functools.cache
 def commit() -> str:
-    """The checkout's commit, with ``-dirty`` where files differ from it; ``unknown`` outside a checkout."""
+    """The checkout's commit, with ``-dirty`` where files differ from it; ``unknown`` outside a checkout.
+
+    ``ITM_COMMIT`` says it for a copy of the tree that has no history with it.
+    """
+    given = os.environ.get("ITM_COMMIT")
+    if given:
+        return given
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude", "*"],

@@ -91,12 +91,15 @@ def interleave(calls: Mapping[Key, Call], rounds: int, timer: Timer) -> dict[Key
     return times
 
 
-def rounds_within(calls: Mapping[Key, Call], seconds: float, timer: Timer) -> int:
-    """Warms every call up and says how many rounds of all of them take about ``seconds``, within 5..30."""
-    for call in calls.values():
-        call()
-    pilot = sum(timer.start(call)() for call in calls.values())
-    return min(max(int(seconds * 1e3 / max(pilot, 1e-6)), FEWEST_ROUNDS), MOST_ROUNDS)
+def pilot(call: Call, timer: Timer) -> float:
+    """Milliseconds of a warm call; the call before it warms it up."""
+    call()
+    return timer.start(call)()
+
+
+def rounds_within(milliseconds: float, seconds: float) -> int:
+    """How many rounds of ``milliseconds`` take about ``seconds``, within 5..30."""
+    return min(max(int(seconds * 1e3 / max(milliseconds, 1e-6)), FEWEST_ROUNDS), MOST_ROUNDS)
 
 
 class CoreShare:

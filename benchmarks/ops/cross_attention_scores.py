@@ -22,7 +22,8 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.contender import BOTH, FORWARD, PRODUCT, Contender, differentiable
 from benchmarks.parity import TOLERANCE, Part, Tolerance
-from itm_kernels import cross_attention_scores, why_not
+from benchmarks.product import bare_products
+from itm_kernels import caption_layout, cross_attention_scores, why_not
 from itm_kernels.eager import cross_attention_scores as eager
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.reference import cross_attention_scores as reference
@@ -39,6 +40,10 @@ OPTIONS = {
 DIRECTIONS = tuple(OPTIONS)
 
 COMPILE_MODES = {"compile": "default", "compile-max-autotune": "max-autotune-no-cudagraphs"}
+PREPARATION_S = {"compile": 40.0, "compile-max-autotune": 120.0}
+"""Guesses of the compiler's time for both phases; they decide whether a run with a deadline still begins."""
+MOST_CAPTIONS_OF_LOOP = 1024
+"""On a GPU, which the loop leaves idle: it launches some ten kernels a caption, and each works on all images."""
 FLIPS = {
     torch.float32: Tolerance(3e-5, 2e-3),
     torch.float16: Tolerance(1e-3, 5e-2),
@@ -47,6 +52,8 @@ FLIPS = {
 """Added for BFAN: a key on its threshold may be dropped by one method and kept by another, and both are right."""
 # So many images and captions are held against float64, evenly spread, each with all partners.
 PARITY_GROUPS = 16
+# Partners of those whose graph is kept at a time.
+PARITY_CAPTIONS, PARITY_IMAGES = 256, 1024
 
 
 def workload(case: Case, direction: str, dtype: torch.dtype, device: torch.device) -> CrossAttentionWorkload:
@@ -60,6 +67,9 @@ class CrossAttentionWorkload:
     that attention has something to find. Words are padded with zeros as an encoder leaves them, longest caption first.
     """
 
+    definition = staticmethod(reference.forward)
+    """What the truth is made with."""
+
     def __init__(self, case: Case, direction: str, dtype: torch.dtype, device: torch.device) -> None:
         self.case, self.direction, self.dtype, self.device = case, direction, dtype, device
         self.options = OPTIONS[direction]
@@ -67,21 +77,25 @@ class CrossAttentionWorkload:
         self.num_words = sum(self.word_counts)
         self.tolerance = TOLERANCE[dtype] + (FLIPS[dtype] if self.options.focal != "none" else Tolerance(0, 0))
 
-        generator = torch.Generator().manual_seed(0)
-        shared = torch.randn(1, 1, case.width, generator=generator)
-        topics = torch.randn(max(case.images, case.captions), 1, case.width, generator=generator)
+        # On the device: the large batches are gigabytes, which a generator of the host takes minutes to fill.
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        shared, topics = normal(1, 1, case.width), normal(max(case.images, case.captions), 1, case.width)
         longest = max(self.word_counts)
         number = torch.arange(longest)
         self.word_valid = (number < torch.tensor(self.word_counts)[:, None]).to(device)  # [C, W]
 
         def vectors(groups: int, members: int) -> Tensor:  # [groups, members, D]
-            own = torch.randn(groups, members, case.width, generator=generator)
-            return F.normalize(shared + topics[:groups] + 1.5 * own, dim=-1)
+            own = normal(groups, members, case.width)
+            return F.normalize(own.mul_(1.5).add_(shared).add_(topics[:groups]), dim=-1).to(dtype)
 
-        regions = vectors(case.images, case.regions).to(device, dtype)
-        words = vectors(case.captions, longest).to(device, dtype) * self.word_valid[..., None]
+        regions = vectors(case.images, case.regions)
+        words = vectors(case.captions, longest) * self.word_valid[..., None]
         self.leaves = (regions.requires_grad_(), words.requires_grad_())
-        self.grad_scores = torch.randn(case.images, case.captions, generator=generator).to(device)
+        self.grad_scores = normal(case.images, case.captions)
 
     def flops(self, phase: str) -> int:
         product = 2 * self.case.images * self.case.regions * self.num_words * self.case.width
@@ -93,6 +107,8 @@ class CrossAttentionWorkload:
         if method in COMPILE_MODES:
             return self._compiled(method)
         if method == "reference":
+            if self.device.type == "cuda" and self.case.captions > MOST_CAPTIONS_OF_LOOP:
+                return f"the loop is not run on a GPU beyond {MOST_CAPTIONS_OF_LOOP} captions: minutes a round"
             counts = torch.tensor(self.word_counts)
             # The published form keeps the attended vectors, their products with the words and what they came from.
             attended = 4 * self.case.images * self.num_words * self.case.width
@@ -108,11 +124,12 @@ class CrossAttentionWorkload:
         return reason or differentiable(method, method, self._op(method), self.leaves, self.grad_scores, {})
 
     def _op(self, backend: str) -> Callable[..., Tensor]:
-        chosen = self.options
+        # Made once for a batch, as the part of a program that makes batches does: it sends the counts to the device.
+        chosen, layout = self.options, caption_layout(self.word_counts, self.device)
         return lambda regions, words: cross_attention_scores(
             regions,
             words,
-            self.word_counts,
+            layout,
             direction=chosen.direction,
             raw_feature_norm=chosen.raw_feature_norm,
             lambda_softmax=chosen.lambda_softmax,
@@ -126,33 +143,7 @@ class CrossAttentionWorkload:
     def _product(self) -> Contender:
         with torch.no_grad():
             regions, words = self.leaves
-            rows, packed = regions.flatten(0, 1), words[self.word_valid]  # [I R, D], [N, D]
-        # Written to, so that their pages are there: fresh memory costs a page fault every 4 KiB.
-        products = torch.empty(rows.shape[0], packed.shape[0], dtype=self.dtype, device=self.device).fill_(1)
-        of_rows, of_words = rows.clone(), packed.clone()
-
-        def forward() -> Sequence[Tensor]:
-            with torch.no_grad():
-                return (torch.mm(rows, packed.t(), out=products),)
-
-        def forward_backward() -> Sequence[Tensor]:
-            with torch.no_grad():
-                torch.mm(rows, packed.t(), out=products)
-                torch.mm(rows, packed.t(), out=products)
-                torch.mm(products, packed, out=of_rows)
-                torch.mm(products.t(), rows, out=of_words)
-            return products, of_rows, of_words
-
-        return Contender(
-            PRODUCT,
-            "torch.mm",
-            self.dtype,
-            self.device,
-            {FORWARD: forward, BOTH: forward_backward},
-            graph=None,
-            owned_bytes={FORWARD: 0, BOTH: 0},  # all there before a call
-            needed_bytes={},
-        )
+            return bare_products(regions.flatten(0, 1), words[self.word_valid])  # [I R, D], [N, D]
 
     def _compiled(self, method: str) -> Contender | str:
         mode = COMPILE_MODES[method]
@@ -177,16 +168,22 @@ class CrossAttentionWorkload:
         compiled = torch.compile(scores_of, mode=mode, fullgraph=True, dynamic=False)
         padded = 4 * region_valid.numel() * word_valid.numel() * (2 if self.direction == "both" else 1)
         needed = {FORWARD: 4 * padded, BOTH: 8 * padded}
-        return differentiable(method, f"inductor, {mode}", compiled, self.leaves, self.grad_scores, needed)
+        return differentiable(
+            method,
+            f"inductor, {mode}",
+            compiled,
+            self.leaves,
+            self.grad_scores,
+            needed,
+            0.0 if self.device.type == "cpu" else PREPARATION_S[method],
+        )
 
     @cached_property
     def _truth(self) -> list[Part]:
-        regions, words = (leaf.detach().double() for leaf in self.leaves)
-        grad = self.grad_scores.double()
+        regions, words = (leaf.detach() for leaf in self.leaves)
         rows, columns = (_spread(n).to(self.device) for n in (self.case.images, self.case.captions))
-        of_rows, grad_regions, _ = self._define(regions[rows], words, self.word_counts, grad[rows])
-        some = [self.word_counts[c] for c in columns.tolist()]
-        of_columns, _, grad_words = self._define(regions, words[columns], some, grad[:, columns])
+        of_rows, grad_regions = self._truth_of_images(regions[rows].double(), words, self.grad_scores[rows].double())
+        of_columns, grad_words = self._truth_of_captions(regions, words, columns)
         return [
             Part("scores of some images", 0, rows, of_rows),
             Part("scores of some captions", 0, (slice(None), columns), of_columns),
@@ -197,13 +194,32 @@ class CrossAttentionWorkload:
     def truth(self) -> Sequence[Part]:
         return self._truth
 
-    def _define(
-        self, regions: Tensor, words: Tensor, counts: list[int], grad_scores: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        leaves = regions.detach().requires_grad_(), words.detach().requires_grad_()
-        scores = reference.forward(*leaves, torch.tensor(counts), None, self.options)
-        grad_regions, grad_words = torch.autograd.grad(scores, leaves, grad_scores)
-        return scores.detach(), grad_regions, grad_words
+    # Pairs do not see each other, so both go through the batch in groups: what autograd keeps stays small at any size.
+
+    def _truth_of_images(self, regions: Tensor, words: Tensor, grad_scores: Tensor) -> tuple[Tensor, Tensor]:
+        regions.requires_grad_()
+        scores, grad_regions = [], torch.zeros_like(regions)
+        for first in range(0, self.case.captions, PARITY_CAPTIONS):
+            some = slice(first, first + PARITY_CAPTIONS)
+            counts = torch.tensor(self.word_counts[some])
+            scores.append(self.definition(regions, words[some].double(), counts, None, self.options))
+            grad_regions += torch.autograd.grad(scores[-1], regions, grad_scores[:, some])[0]
+            scores[-1] = scores[-1].detach()
+        return torch.cat(scores, dim=1), grad_regions
+
+    def _truth_of_captions(self, regions: Tensor, words: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+        scores, grad_words = [], []
+        for c in captions.tolist():
+            caption, count = words[c : c + 1].double().requires_grad_(), torch.tensor([self.word_counts[c]])
+            column, grad = [], torch.zeros_like(caption)
+            for first in range(0, self.case.images, PARITY_IMAGES):
+                some = slice(first, first + PARITY_IMAGES)
+                found = self.definition(regions[some].double(), caption, count, None, self.options)
+                grad += torch.autograd.grad(found, caption, self.grad_scores[some, c : c + 1].double())[0]
+                column.append(found.detach())
+            scores.append(torch.cat(column))
+            grad_words.append(grad)
+        return torch.cat(scores, dim=1), torch.cat(grad_words)
 
 
 def _spread(groups: int) -> Tensor:

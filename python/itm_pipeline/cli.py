@@ -1,63 +1,25 @@
 """The command `itm`: demo, train, evaluate, bench, info.
 
-This is the only module that needs tyro. It turns options into the dataclasses of `itm_pipeline.config`, calls the
-functions that anyone can call from Python, and turns `UserError` into one sentence and exit code 2.
+It calls the functions that anyone can call from Python, with the dataclasses that `itm_pipeline.parsers` makes of the
+options, and turns `UserError` into one sentence and exit code 2.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-try:
-    import tyro
-except ImportError:
-    raise SystemExit("itm: the command line needs tyro; install it with: pip install 'itm-kernels[pipeline]'") from None
-
-from itm_pipeline.config import PRESETS, TrainConfig, from_preset
+from itm_pipeline.commands import Evaluate, Info
+from itm_pipeline.config import TrainConfig
 from itm_pipeline.demo_config import DemoConfig
 from itm_pipeline.errors import UserError
 
 BAD_INPUT = 2
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Retrieval of a trained model: prints a table and writes it into the run as JSON."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder that `itm train` made."""
-    split: str = "test"
-    """Which split: the first part of its file names."""
-    data: Path | None = None
-    """Folder of the split. Default: the one the run was trained on."""
-    checkpoint: Literal["best", "last"] = "best"
-    """The weights of the best rsum on dev, or the last ones."""
-    fold5: bool = False
-    """Mean over five folds of consecutive images (COCO's 1K protocol) instead of the full matrix."""
-    scores: Path | None = None
-    """Also save the score matrix, images by captions, float32, in this .npy file."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    block_mib: int | None = None
-    """Bound on encoded images and captions held at once, MiB. Default: the run's --eval-block-mib."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure the ops. All options go to `python -m benchmarks.run`; `itm bench --help` shows them."""
-
-
-@dataclass(frozen=True)
-class Info:
-    """Versions, the build, and which implementation of each op can run here, with a reason where one cannot."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -96,51 +58,14 @@ def _refuse(sentence: str) -> int:
 
 
 def _parse(args: list[str]) -> Any:
-    train = tyro.conf.subcommand("train", default=_train_defaults(args), description=_train_help())
-    command = (
-        Annotated[DemoConfig, tyro.conf.subcommand("demo")]
-        | Annotated[TrainConfig, train]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[Info, tyro.conf.subcommand("info")]
-    )
-    return tyro.cli(
-        command,
-        prog="itm",
-        description="Fine-grained image-text matching: train, evaluate, look. `itm demo` needs nothing but time.",
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
-
-
-def _train_help() -> str:
-    presets = "\n".join(f"  {name}: {preset.summary}" for name, preset in PRESETS.items())
-    return f"{TrainConfig.__doc__}\n\nPresets:\n{presets}"
-
-
-def _train_defaults(args: list[str]) -> TrainConfig:
-    """What the options of `train` start from: the preset, or the run to resume, that stands among them."""
-    if args[:1] != ["train"]:
-        return from_preset("scan-t2i", Path("DIR"))
-    resume = _value(args, "--resume")
-    if resume is not None and resume != "None":
-        from itm_pipeline.runs import open_run
-
-        return dataclasses.replace(open_run(Path(resume)).config, resume=Path(resume))
-    preset: Any = _value(args, "--preset") or "scan-t2i"
-    # An unknown name is left to tyro, which lists those that there are.
-    base = from_preset(preset if preset in PRESETS else "scan-t2i", Path("DIR"))
-    return dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, data=tyro.MISSING))
-
-
-def _value(args: list[str], option: str) -> str | None:
-    """The value that an option has among arguments, without parsing the others."""
-    found = None
-    for index, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name == option:
-            found = value if equals else (args[index + 1] if index + 1 < len(args) else None)
-    return found
+    """The command as a dataclass: by tyro, or by argparse where tyro is not installed."""
+    try:
+        from itm_pipeline.parsers.with_tyro import parse
+    except ModuleNotFoundError as error:
+        if error.name != "tyro":
+            raise
+        from itm_pipeline.parsers.plain import parse
+    return parse(args)
 
 
 def _run(command: Any) -> int:

@@ -21,7 +21,7 @@ RawFeatureNorm = Literal["clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm",
 AggFunc = Literal["LogSumExp", "Mean", "Max", "Sum"]
 Focal = Literal["equal", "prob"]
 Precision = Literal["fp32", "bf16"]
-Backend = Literal["auto", "native", "eager", "reference"]
+Backend = Literal["auto", "native", "triton", "eager", "reference"]
 PresetName = Literal["scan-t2i", "scan-t2i-avg", "scan-i2t", "scan-i2t-avg", "bfan-equal", "bfan-prob"]
 
 

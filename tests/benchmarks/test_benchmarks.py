@@ -11,33 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from bench_helpers import CPU, FIELDS, OP, FakeTimer, make, record
 
-from benchmarks import cases, machine, measure, memory, ops, parity, records, run
+from benchmarks import cases, machine, measure, memory, ops, parity, product, records
 from benchmarks.caption_lengths import histogram
 from benchmarks.cases import CASES, Case
-from benchmarks.contender import BOTH, FORWARD, PHASES, PRODUCT, Contender
+from benchmarks.contender import BOTH, FORWARD, PHASES, PRODUCT
 
-CPU = torch.device("cpu")
-# Names and order as the protocol has them; a file of results is read by them.
-PROTOCOL = (
-    "op case direction dtype method backend phase I C R N D median_ms p20_ms p80_ms flops tflops eta rho "
-    "speedup_vs_loop saved_mib peak_mib device torch commit"
-)
-FIELDS = PROTOCOL.split()
-OP = "cross_attention_scores"
 FLOORS = ("reference", "eager", "native")
 ON_LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux' /proc"
 )
-
-
-def make(
-    method: str, case: Case = CASES["tiny"], direction: str = "t2i", dtype: torch.dtype = torch.float32
-) -> Contender:
-    found = ops.load(OP).workload(case, direction, dtype, CPU).contender(method)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
 
 
 # cases
@@ -81,6 +65,33 @@ def test_flops_count_no_padding() -> None:
     assert workload.flops(BOTH) == 4 * workload.flops(FORWARD)
 
 
+def test_a_large_product_is_made_in_even_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = torch.randn(300, 8), torch.randn(50, 8)
+    whole = product.bare_products(rows, columns)
+    monkeypatch.setattr(product, "LARGEST_PRODUCT", 50 * 4 * 130)  # three blocks are needed
+    monkeypatch.setattr(product, "ROWS_TOGETHER", 4)
+    cut = product.bare_products(rows, columns)
+    assert (whole.backend, cut.backend) == ("torch.mm", "torch.mm, blocks of 100 rows")
+    for contender in (whole, cut):
+        products, of_rows, of_columns = contender.calls[BOTH]()
+        full = rows @ columns.t()
+        torch.testing.assert_close(products, full[-products.shape[0] :])
+        torch.testing.assert_close(of_rows, full @ columns)
+        torch.testing.assert_close(of_columns, full.t() @ rows)
+    monkeypatch.undo()
+    assert product.block_rows(16384 * 36, 254_000 * 2) * 254_000 * 2 < 1.1 * product.LARGEST_PRODUCT
+
+
+@pytest.mark.parametrize("direction", ["t2i", "both"])
+def test_the_truth_is_the_same_in_groups(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ops.load(OP)
+    whole = module.workload(CASES["tiny"], direction, torch.float32, CPU).truth()
+    monkeypatch.setattr(module, "PARITY_CAPTIONS", 3)
+    monkeypatch.setattr(module, "PARITY_IMAGES", 3)
+    for part, again in zip(whole, module.workload(CASES["tiny"], direction, torch.float32, CPU).truth(), strict=True):
+        torch.testing.assert_close(part.expected, again.expected)
+
+
 # time
 
 
@@ -100,19 +111,6 @@ def test_ratios_are_formed_within_rounds() -> None:
         measure.ratio([1.0], [1.0, 2.0])
 
 
-class FakeTimer:
-    """A clock that the calls themselves move."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def start(self, call: measure.Call) -> Callable[[], float]:
-        before = self.now
-        call()
-        took = self.now - before
-        return lambda: took
-
-
 def test_methods_take_turns() -> None:
     timer, order = FakeTimer(), []
 
@@ -127,10 +125,11 @@ def test_methods_take_turns() -> None:
     times = measure.interleave(calls, 4, timer)
     assert "".join(order) == "abcbcacababc"
     assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [3.0] * 4}
-    # 6 ms a round
-    assert measure.rounds_within(calls, 0.060, timer) == 10
-    assert measure.rounds_within(calls, 1e-4, timer) == measure.FEWEST_ROUNDS
-    assert measure.rounds_within(calls, 100.0, timer) == measure.MOST_ROUNDS
+    assert measure.pilot(calls["b"], timer) == 2.0
+    assert "".join(order[-2:]) == "bb"  # once to warm up
+    assert measure.rounds_within(6.0, 0.060) == 10
+    assert measure.rounds_within(6.0, 1e-4) == measure.FEWEST_ROUNDS
+    assert measure.rounds_within(6.0, 100.0) == measure.MOST_ROUNDS
 
 
 def test_cpu_timer_times_the_call_alone() -> None:
@@ -261,13 +260,6 @@ def test_parity_fires(wrong: Callable[..., Any], message: str) -> None:
 # records
 
 
-def record(**changes: Any) -> records.Record:
-    numbers = dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "tflops", "rho", "speedup_vs_loop", "saved_mib"), 1.5)
-    letters = dict.fromkeys(("I", "C", "R", "N", "D", "flops"), 8)
-    names = {name: name for name in FIELDS if name not in {**numbers, **letters, "eta": 0, "peak_mib": 0}}
-    return records.Record(**{**names, **letters, **numbers, "eta": None, "peak_mib": None, **changes})
-
-
 def test_records_have_the_fields_of_the_protocol() -> None:
     assert [field.name for field in dataclasses.fields(records.Record)] == FIELDS
 
@@ -315,83 +307,3 @@ def test_fast_bfloat16_is_a_processor_flag(monkeypatch: pytest.MonkeyPatch) -> N
     }.items():
         monkeypatch.setattr(machine, "_cpuinfo", lambda _, flags=flags: flags)
         assert machine.has_fast_bfloat16() is fast
-
-
-# the command
-
-FAST = ["--device", "cpu", "--case", "tiny", "--threads", "1", "--seconds", "0.01", "--dtype", "float32"]
-WITHOUT_COMPILER = [f"--method={name}" for name in (PRODUCT, *FLOORS, "triton")]
-
-
-def test_run_prints_a_table_and_writes_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "results.json"
-    args = [*FAST, "--direction", "t2i", *WITHOUT_COMPILER, "--no-peak", "--json", str(path)]
-    assert run.main(args) == 0
-    told = capsys.readouterr().out
-    found = {(r.method, r.phase): r for r in records.read(path)}
-    ran = [name for name in (PRODUCT, *FLOORS) if f"{name}, float32: left out" not in told]
-    assert list(found) == [(method, phase) for phase in PHASES for method in ran]
-    for (method, phase), r in found.items():
-        assert f"\n{method} " in told
-        assert 0 < r.p20_ms <= r.median_ms <= r.p80_ms
-        assert (r.eta, r.peak_mib) == (None, None)
-        assert r.tflops == pytest.approx(r.flops / r.median_ms / 1e9, rel=1e-3)
-        assert (r.saved_mib is None) == (method == PRODUCT or phase == FORWARD)
-        assert r.device.endswith(", 1 thread")
-    assert found[PRODUCT, BOTH].rho == 1
-    assert found["reference", BOTH].speedup_vs_loop == 1
-    assert "triton, float32: left out: this version has no triton floor" in told
-
-
-def test_run_times_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from itm_kernels.eager import cross_attention_scores as eager
-
-    right = eager.backward
-    monkeypatch.setattr(eager, "backward", lambda *a, **k: tuple(g * 1.01 for g in right(*a, **k)))
-    assert run.main([*FAST, "--direction", "i2t", "--method", "eager", "--no-peak"]) == 1
-    captured = capsys.readouterr()
-    assert "tiny i2t float32 eager, forward+backward: gradients of regions are off by 1.00e-02" in captured.err
-    assert "TFLOP/s" not in captured.out
-
-
-def test_run_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(machine, "free_bytes", lambda _: 1000)
-    assert run.main([*FAST, "--direction", "t2i", "--method", "reference", "--no-peak"]) == 0
-    out = capsys.readouterr().out
-    assert "reference, float32, forward+backward: left out: it takes about 0 GiB, 0 GiB are free" in out
-    assert "  forward\n" in out
-    assert "  forward+backward\n" not in out
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--case", "b7"], "invalid choice: 'b7'"),
-        (["--seconds", "0"], "must be positive"),
-        (["--threads", "two"], "invalid int value"),
-        (["--json", "."], "cannot be written"),
-        (["--device", "cuda"], "sees no GPU"),
-    ],
-)
-def test_run_refuses_before_it_starts(
-    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        run.main(args)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-def test_run_on_a_gpu_reports_eta(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    args = ["--device", "cuda", "--case", "tiny", "--seconds", "0.1", *WITHOUT_COMPILER, "--json", str(path)]
-    assert run.main(args) == 0
-    found = records.read(path)
-    assert {r.dtype for r in found} == {"float32", "bfloat16"}
-    for r in found:
-        assert r.rho is None
-        assert r.eta is not None
-        assert r.eta > 0
-        assert r.peak_mib is not None

@@ -12,16 +12,18 @@ the op itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine, measure, memory, ops
 from benchmarks.cases import CASES
 from benchmarks.contender import BOTH, FORWARD, PHASES, PRODUCT, Contender
 from benchmarks.parity import assert_parity
+
+if TYPE_CHECKING:  # plain pytest skips these gates and may lack the plugin
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 OP = "cross_attention_scores"
 CPU = torch.device("cpu")

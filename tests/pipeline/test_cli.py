@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from itm_pipeline import cli
+from itm_pipeline.commands import Evaluate
 from itm_pipeline.config import PRESETS, DataConfig, ModelConfig, TrainConfig, from_preset
 from itm_pipeline.data import PrecompSplit, Vocabulary
 from itm_pipeline.demo import pick_caption
@@ -57,7 +58,7 @@ def test_every_option_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main([command, "--help"])
         assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for kind in (TrainConfig, DataConfig, ModelConfig, DemoConfig, cli.Evaluate):
+    for kind in (TrainConfig, DataConfig, ModelConfig, DemoConfig, Evaluate):
         body = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
         for field, text in itertools.pairwise(body):
             if not isinstance(field, ast.AnnAssign) or ast.unparse(field.target) in ("dataset", "model"):  # groups
@@ -165,22 +166,6 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(cli, "_run", interrupted)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "itm: interrupted\n"
-
-
-def test_only_the_command_line_needs_tyro() -> None:
-    """Training from Python works where tyro is not installed."""
-    code = (
-        "import sys; sys.modules['tyro'] = None\n"
-        "import itm_pipeline.train, itm_pipeline.evaluate, itm_pipeline.config, itm_pipeline.plots\n"
-        "print(itm_pipeline.config.from_preset('scan-t2i', __import__('pathlib').Path('x')).epochs)\n"
-        "import itm_pipeline.cli"
-    )
-    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "30", done.stderr
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "pip install 'itm-kernels[pipeline]'" in done.stderr
 
 
 def test_small_demo_ends_with_table_and_pictures(

@@ -23,6 +23,9 @@ class NpyHeader:
     offset: int
 
 
+_format: Any = np.lib.format  # typed in NumPy 2.4, not before
+
+
 def read_header(path: Path) -> NpyHeader:
     """Read the header of ``path`` and check that the file is long enough for what it promises.
 
@@ -33,11 +36,11 @@ def read_header(path: Path) -> NpyHeader:
     """
     try:
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
+            version = _format.read_magic(file)
             if version == (1, 0):
-                shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+                shape, fortran_order, dtype = _format.read_array_header_1_0(file)
             elif version == (2, 0):
-                shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+                shape, fortran_order, dtype = _format.read_array_header_2_0(file)
             else:
                 raise UserError(
                     f"{path}: .npy format {version[0]}.{version[1]} is not supported; save it again with np.save"

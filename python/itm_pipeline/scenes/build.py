@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,8 @@ def _make_rows(folder: Path, seed: int, split: str, span: tuple[int, int]) -> li
 def _write_split(folder: Path, split: str, count: int, chunks: Iterator[list[_Row]], bar: tqdm[None]) -> None:
     """Write the files of a split from its rows, which come in order."""
     stem = str(folder / split)
-    features = np.lib.format.open_memmap(f"{stem}_ims.npy", "w+", np.float32, (count, REGIONS, FEATURE_DIM))
+    npy_format: Any = np.lib.format  # typed in NumPy 2.4, not before
+    features = npy_format.open_memmap(f"{stem}_ims.npy", "w+", np.float32, (count, REGIONS, FEATURE_DIM))
     boxes = np.zeros((count, REGIONS, 4), np.float32)
     with (
         open(f"{stem}_caps.txt", "w", encoding="utf-8", newline="\n") as captions,

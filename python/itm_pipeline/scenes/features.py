@@ -171,4 +171,5 @@ def region_features(pixels: NDArray[np.uint8], boxes: Field) -> Field:
         _histogram(strong, len(STRENGTHS) + 1),
         _place(boxes, size),
     )
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    features: Field = np.concatenate(parts, axis=1).astype(np.float32)
+    return features

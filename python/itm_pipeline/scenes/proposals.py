@@ -36,7 +36,8 @@ def _inside(boxes: NDArray[np.floating]) -> Boxes:
     limits = np.array([WIDTH - 1, HEIGHT - 1], np.float64)
     low = np.clip(boxes[:, :2], 0, limits - SMALLEST)
     high = np.clip(np.maximum(boxes[:, 2:], low + SMALLEST), 0, limits)
-    return np.concatenate([low, high], axis=1).astype(np.float32)
+    inside: Boxes = np.concatenate([low, high], axis=1).astype(np.float32)
+    return inside
 
 
 def _jittered(boxes: NDArray[np.int64], amount: float, rng: np.random.Generator) -> Boxes:
