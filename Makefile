@@ -1,6 +1,7 @@
 # The two commands of the README are `make demo` and `make test`. Each makes .venv, installs, builds and runs.
 #
-#   TORCH   the torch to install first, e.g. TORCH="torch==2.11.0 --index-url ..." for a CUDA build
+#   TORCH   the torch to install first, e.g. TORCH="torch==2.11.0 --index-url ..." for a CUDA build; with a CUDA toolkit
+#           beside it the CUDA kernels are built as well
 #   PYTHON  the interpreter that makes .venv (3.10 or newer)
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
+FORMATTED := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/cpp/*.cpp tests/emulation/* tests/gates/*.cu)
 
 .PHONY: help demo test install lint format types docs bench bench-gate cpp clean
 
@@ -34,21 +36,23 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install --quiet numpy ninja "pybind11>=2.13"
 	@touch $@
 
+# A torch with CUDA brings the one Triton it works with; beside any other the tests need one to interpret with.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	extras=$$($(BIN)/python -c 'import torch; print("dev" if torch.version.cuda else "dev,interpreter")') && \
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$$extras]"
 	@touch $@
 
 ## make lint        ruff, clang-format: rules and format
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 ## make format      put the code into that format
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES)) $(wildcard tests/cpp/*.cpp)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 ## make types       mypy, strict on itm_kernels
 types: $(VENV)/.installed

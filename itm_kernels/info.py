@@ -38,6 +38,7 @@ def versions() -> dict[str, str]:
         facts["cpu capability"] = native.host().cpu_capability()
     else:
         facts["native"] = f"no: {reason}"
+    facts["cuda kernels"] = " ".join(native.cuda_architectures()) or f"no: {native.cuda_load_error()}"
     facts["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     return facts
 

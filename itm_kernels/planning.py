@@ -1,67 +1,26 @@
-"""What a call would do, without doing it: blocks, tiles, launches, workspace, arithmetic."""
+"""What a call will do, without doing it: blocks, tiles, launches, workspace, arithmetic."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from itm_kernels import native
 from itm_kernels.backends import why_not
-from itm_kernels.layout import CaptionLayout, check_counts, host_counts, offsets_of
-from itm_kernels.ops.cross_attention_scores import OP, WORKSPACE_BYTES
-from itm_kernels.ops.options import ScoreOptions, check_options
+from itm_kernels.layout import CaptionLayout, check_counts, host_counts
+from itm_kernels.native.cuda.machine import Machine, machine_of, machine_of_arch
+from itm_kernels.native.devices import FLOAT64
+from itm_kernels.ops.cross_attention_scores import WORKSPACE_BYTES
+from itm_kernels.planners import Blocks, Plan, PlannedBatch
 
+__all__ = ["Blocks", "Plan", "plan"]
+
+OPS = ("cross_attention_scores", "max_similarity_scores")
 PHASES = ("forward", "backward", "forward+backward")
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Cuts of a batch: block k of images is ``images[k]`` to ``images[k + 1]``; captions alike; all pairs of both."""
-
-    images: tuple[int, ...]
-    captions: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return max(len(self.images) - 1, 0) * max(len(self.captions) - 1, 0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of one call.
-
-    Attributes
-    ----------
-    route
-        Name of the way the work is done.
-    blocks
-        Cuts by phase, ``"forward"`` and ``"backward"``.
-    tiles
-        Queries in a tile of the epilogue, by direction (more where one query segment is longer).
-    launches
-        Library products and kernels of all phases.
-    workspace_bytes
-        Most memory that lives beside inputs, gradients and scores.
-    flops
-        Of the library products; a multiply-add counts 2.
-    useful_fraction
-        Share of that arithmetic that is not padding.
-    reason
-        Why this route.
-    """
-
-    route: str
-    blocks: dict[str, Blocks]
-    tiles: dict[str, int]
-    launches: int
-    workspace_bytes: int
-    flops: int
-    useful_fraction: float
-    reason: str
 
 
 def plan(
@@ -87,17 +46,18 @@ def plan(
     Parameters
     ----------
     op
-        ``"cross_attention_scores"``.
+        ``"cross_attention_scores"`` or ``"max_similarity_scores"``.
     word_counts
         ``[C]`` on the host; None with ``W``: only the padded size is known and every caption counts W words.
     S
         Similarity width of the ops that have one; an error for scores.
     device, arch
-        ``"cpu"``. On a GPU this version has no native kernels, and no plan for them.
+        ``"cpu"``, or ``"cuda"`` with an architecture such as ``"sm_80"`` or ``"sm_90a"``: None is the visible GPU, else
+        ``"sm_90a"``. A plan is arithmetic: it needs neither a GPU nor the CUDA kernels.
     phase
         ``"forward"``, ``"backward"`` or ``"forward+backward"``.
     options
-        Options of the op, checked; none of the others changes the plan of scores.
+        Options of the op, checked.
 
     Raises
     ------
@@ -106,8 +66,9 @@ def plan(
     RuntimeError
         No native floor for this op, device and dtype; the message carries the reason.
     """
-    if op != OP:
-        raise ValueError(f"plan: op must be {OP}, got {op!r}")
+    if op not in OPS:
+        raise ValueError(f"plan: op must be one of {', '.join(OPS)}, got {op!r}")
+    planner = importlib.import_module(f"itm_kernels.planners.{op}")
     if S is not None:
         raise ValueError(f"plan: {op} has no similarity width S, got {S}")
     if phase not in PHASES:
@@ -121,66 +82,35 @@ def plan(
     ):
         if value < least:
             raise ValueError(f"plan: {name} must be at least {least}, got {value}")
-    score_options = _score_options(direction, options)
+    chosen = planner.options_of(direction, options)
     device = torch.device(device)
-    reason = why_not("native", op, device, dtype)
-    if reason is not None:
-        raise RuntimeError(f"plan: {op} has no native plan on {device.type} with {dtype}: {reason}")
-    if arch is not None:
-        raise ValueError(f"plan: arch names a GPU architecture, but device is {device.type}; got {arch!r}")
+    machine = _machine(device, arch)
+    if machine is None:
+        reason = why_not("native", op, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"plan: {op} has no native plan on {device.type} with {dtype}: {reason}")
+    elif dtype == torch.float64:
+        raise RuntimeError(f"plan: {op} has no native plan on {device.type} with {dtype}: {FLOAT64}")
     counts, known = _counts(C, word_counts, W)
-
-    regions = torch.full((I,), R, dtype=torch.int64)
-    half = dtype == torch.bfloat16
+    batch = PlannedBatch(I, R, counts, D, chosen, dtype, workspace_bytes)
     phases = [name for name in ("forward", "backward") if name in phase]
-    plans = {
-        name: native.host().plan_scores(
-            offsets_of(regions).tolist(),
-            offsets_of(counts).tolist(),
-            D,
-            element_bytes=2 if half else 4,
-            t2i=score_options.t2i,
-            i2t=score_options.i2t,
-            backward=name == "backward",
-            copies_regions=dtype == torch.float16,  # widened to float32 block by block
-            threads=torch.get_num_threads(),
-            workspace_bytes=workspace_bytes,
-        )
-        for name in phases
-    }
-    keys = {"t2i": R, "i2t": int(counts.max()) if C else 1}
-    return Plan(
-        route="cpu-blocked",
-        blocks={name: Blocks(tuple(p.image_bounds), tuple(p.caption_bounds)) for name, p in plans.items()},
-        tiles={name: native.host().tile_width(keys[name]) for name in ("t2i", "i2t") if direction in (name, "both")},
-        launches=sum(p.launches for p in plans.values()),
-        workspace_bytes=max(p.workspace_bytes for p in plans.values()),
-        flops=sum(p.flops for p in plans.values()),
-        useful_fraction=1.0,  # packed words: the products hold no padding
-        reason=(
-            "library products in blocks that stay in the cache, one C++ epilogue a block and direction"
-            + ("" if known else f"; word counts are not known, every caption counts W = {W} words")
-        ),
-    )
+    made: Plan = planner.on_cpu(batch, phases) if machine is None else planner.on_gpu(batch, phases, machine)
+    if known:
+        return made
+    return replace(made, reason=f"{made.reason}; word counts are not known, every caption counts W = {W} words")
 
 
-def _score_options(direction: str, options: dict[str, Any]) -> ScoreOptions:
-    defaults: dict[str, Any] = {
-        "raw_feature_norm": "clipped_l2norm",
-        "lambda_softmax": 9.0,
-        "agg_func": "LogSumExp",
-        "lambda_lse": 6.0,
-        "focal": None,
-        "peak_weight": 0.0,
-    }
-    unknown = sorted(set(options) - set(defaults))
-    if unknown:
-        raise TypeError(f"plan: {OP} has no option {', '.join(unknown)}; it has {', '.join(defaults)}")
-    chosen = {**defaults, **options}
-    chosen["focal"] = chosen["focal"] or "none"
-    made = ScoreOptions(direction=direction, **chosen)
-    check_options("plan", made)
-    return made
+def _machine(device: torch.device, arch: str | None) -> Machine | None:
+    """The GPU to plan for: the architecture named, else the visible one, else an H100; None for a CPU."""
+    if device.type == "cpu":
+        if arch is not None:
+            raise ValueError(f"plan: arch names a GPU architecture, but device is {device.type}; got {arch!r}")
+        return None
+    if device.type != "cuda":
+        raise RuntimeError(f"plan: the native kernels run on CPUs and CUDA GPUs, not on {device.type}")
+    if arch is not None:
+        return machine_of_arch(arch)
+    return machine_of(device) if torch.cuda.is_available() else machine_of_arch("sm_90a")
 
 
 def _counts(

@@ -15,21 +15,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from hypothesis import HealthCheck, settings
 
+import emulated
 from helpers import Place
+from itm_kernels.native import devices
+from itm_kernels.native.cuda.machine import Machine
+from itm_kernels.native.devices import Kernels
 
 # Derandomised: a failure in CI is the same failure at home. No deadline: machines are shared.
 settings.register_profile("house", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("house")
 
 DEVICES = ("cpu", "cuda")
+EMULATED_GPU = Machine("sm_90", 227 * 1024, multiprocessors=2)
+"""Few multiprocessors, so that small batches are split among them as large ones are on a real GPU."""
 
 
 def places(floors: tuple[str, ...]) -> list[Any]:
-    """Fixture parameters: those floors on every device, the ones on a GPU marked."""
+    """Fixture parameters: those floors on every device, a GPU marked, and CUDA kernels emulated."""
+    found = [Place(floor, device) for device in DEVICES for floor in floors]
+    found += [Place("native", emulated=True)] if "native" in floors else []
     return [
-        pytest.param(Place(floor, device), id=f"{floor}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
-        for device in DEVICES
-        for floor in floors
+        pytest.param(place, id=str(place), marks=[pytest.mark.gpu] if place.device == "cuda" else []) for place in found
     ]
 
 
@@ -48,16 +54,19 @@ def _place(request: pytest.FixtureRequest, dtype: torch.dtype) -> Place:
     reason = place.why_not(request.module.OP, dtype)
     if reason is not None:
         pytest.skip(f"{place}: {reason}")
+    if place.emulated:
+        kernels = Kernels(emulated.library(), EMULATED_GPU)
+        request.getfixturevalue("monkeypatch").setattr(devices, "kernels_for", lambda device: kernels)
     return place
 
 
-@pytest.fixture(params=places(("reference", "eager", "native")))
+@pytest.fixture(params=places(("reference", "eager", "native", "triton")))
 def place(request: pytest.FixtureRequest) -> Place:
     """Every floor and device that runs the test module's ``OP`` in float32."""
     return _place(request, torch.float32)
 
 
-@pytest.fixture(params=places(("eager", "native")))
+@pytest.fixture(params=places(("eager", "native", "triton")))
 def fast_place(request: pytest.FixtureRequest) -> Place:
     """The same without the slow definition: floors that work in blocks."""
     return _place(request, torch.float32)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import emulated
 from itm_kernels import cross_attention_scores
 from itm_kernels.backends import why_not
 from itm_kernels.ops.options import AGG_FUNCS, DIRECTIONS, RAW_FEATURE_NORMS
@@ -26,14 +28,18 @@ class Place:
 
     floor: str
     device: str = "cpu"
+    emulated: bool = False
+    """The floor's CUDA kernels, emulated on CPU tensors (``emulated.py``)."""
 
     def __str__(self) -> str:
-        return f"{self.floor}-{self.device}"
+        return f"{self.floor}-{'emulated' if self.emulated else self.device}"
 
     def why_not(self, op: str, dtype: torch.dtype) -> str | None:
         """The reason this place cannot run ``op``, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "there is no CUDA device"
+        if self.emulated and (reason := emulated.why_not()):
+            return reason
         return why_not(self.floor, op, self.device, dtype)
 
 
@@ -124,20 +130,20 @@ class Result:
         return iter((self.scores, self.grad_regions, self.grad_words))
 
 
-def run(batch: Batch, backend: str | None = None, **options: Any) -> Result:
-    """Scores, and gradients of ``sum(scores * grad_scores)``, of ``cross_attention_scores``."""
+def run(
+    batch: Batch, backend: str | None = None, *, op: Callable[..., Tensor] = cross_attention_scores, **options: Any
+) -> Result:
+    """Scores of a score op, and gradients of ``sum(scores * grad_scores)``."""
     regions = batch.regions.detach().requires_grad_()
     words = batch.words.detach().requires_grad_()
-    scores = cross_attention_scores(
-        regions, words, batch.word_counts, region_counts=batch.region_counts, backend=backend, **options
-    )
+    scores = op(regions, words, batch.word_counts, region_counts=batch.region_counts, backend=backend, **options)
     grads = torch.autograd.grad(scores, (regions, words), batch.grad_scores.to(scores.dtype))
     return Result(scores.detach(), *grads)
 
 
-def truth(batch: Batch, **options: Any) -> Result:
+def truth(batch: Batch, *, op: Callable[..., Tensor] = cross_attention_scores, **options: Any) -> Result:
     """The definition in float64, on the host."""
-    return run(batch.to("cpu").to(torch.float64), "reference", **options)
+    return run(batch.to("cpu").to(torch.float64), "reference", op=op, **options)
 
 
 def score_error(got: Tensor, true: Tensor) -> float:

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import itm_kernels
 from itm_kernels import native
-from itm_kernels.ops.options import AGG_FUNCS, FOCALS, RAW_FEATURE_NORMS
+from itm_kernels.ops.options import FOCALS, RAW_FEATURE_NORMS, SIMILARITY_AGG_FUNCS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "itm_kernels"
@@ -25,7 +26,7 @@ LOWEST = ("reference", "eager", "native", "triton")
 # One implementation in torch ops serves every floor: no rooms below.
 WITHOUT_FLOORS = {"triplet_loss", "contrastive_loss"}
 # What ops share, and what the native floor shares among its ops.
-HELPERS = {"ops": {"library", "options", "pairs"}, "native": {"packing"}}
+HELPERS = {"ops": {"library", "options", "pairs"}, "native": {"packing", "devices"}}
 
 
 def rooms(floor: str) -> set[str]:
@@ -138,7 +139,7 @@ def enumerators(name: str) -> list[str]:
 def test_the_options_of_cpp_are_those_of_python() -> None:
     norms = [name.replace("_", "").removesuffix("norm") for name in RAW_FEATURE_NORMS]
     assert enumerators("FeatureNorm") == ["none" if name == "no" else name for name in norms]
-    assert enumerators("Aggregation") == [name.lower() for name in AGG_FUNCS]
+    assert enumerators("Aggregation") == [name.lower() for name in SIMILARITY_AGG_FUNCS]
     assert enumerators("Focal") == list(FOCALS)
 
 
@@ -147,17 +148,20 @@ def test_the_constants_of_cpp_are_those_of_python() -> None:
     numbers = dict(re.findall(r"constexpr float (k\w+) = ([\d.e-]+)f;", header))
     for floor in ("reference", "eager"):
         for op in rooms(floor):
-            assert float(numbers["kEps"]) == importlib.import_module(f"itm_kernels.{floor}.{op}").EPS
+            module = importlib.import_module(f"itm_kernels.{floor}.{op}")
+            # Hard assignment divides by no norm.
+            if op != "max_similarity_scores":
+                assert float(numbers["kEps"]) == module.EPS
     assert float(numbers["kNegativeSlope"]) == 0.1
 
 
-def sources() -> dict[str, list[str]]:
-    listed: dict[str, list[str]] = json.loads((CSRC / "sources.json").read_text())
+def sources() -> dict[str, Any]:
+    listed: dict[str, Any] = json.loads((CSRC / "sources.json").read_text())
     return listed
 
 
 def test_sources_json_names_every_source_once_and_nothing_else() -> None:
-    listed = [path for paths in sources().values() for path in paths]
+    listed = [path for name, paths in sources().items() if name != "cuda" for path in paths]
     assert len(listed) == len(set(listed))
     there = {
         str(path.relative_to(CSRC))
@@ -165,6 +169,10 @@ def test_sources_json_names_every_source_once_and_nothing_else() -> None:
         if path.suffix in (".cpp", ".cc", ".cu", ".h", ".cuh", ".hpp")
     }
     assert set(listed) == there
+    for path, settings in sources()["cuda"]["files"].items():
+        assert path in sources()["_C_cuda"]
+        assert path.endswith(".cu")
+        assert settings.keys() <= {"architectures", "emulated", "without_tensor_cores"}
 
 
 def test_every_schema_of_the_library_has_a_kernel() -> None:
@@ -172,7 +180,9 @@ def test_every_schema_of_the_library_has_a_kernel() -> None:
     declared = set(re.findall(r'm\.def\(\s*"(\w+)\(', table))
     assert declared
     implemented = {
-        name for path in (CSRC / "cpu").glob("*.cpp") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+        name
+        for path in [*(CSRC / "cpu").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu")]
+        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
     }
     assert implemented == declared
     if native.load_error() is None:
@@ -180,7 +190,11 @@ def test_every_schema_of_the_library_has_a_kernel() -> None:
             assert hasattr(torch.ops.itm_kernels_native, name)
 
 
-@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cpp")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for kind in ("h", "cpp", "cuh", "cu") for path in sorted(CSRC.rglob(f"*.{kind}"))],
+    ids=lambda path: str(path.relative_to(CSRC)),
+)
 def test_every_source_opens_with_a_comment(path: Path) -> None:
     assert path.read_text().startswith("//")
     assert len(path.read_text().splitlines()) <= 400
@@ -199,6 +213,7 @@ def test_the_native_library_is_built() -> None:
     build = native.host().build_information()
     assert build["compiler"]
     assert re.fullmatch(r"\d+\.\d+", build["torch_target"])
+    assert bool(build["no_cuda"]) == (native.cuda_load_error() is not None)
 
 
 def test_no_test_needs_a_folder_outside_the_project() -> None:

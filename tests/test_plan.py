@@ -53,7 +53,7 @@ def test_phases_add_up() -> None:
 
 def test_the_plan_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many epilogues run as the plan has blocks, each on the blocks it names."""
-    from itm_kernels.native import cross_attention_scores as native_scores
+    from itm_kernels.native.cpu import cross_attention_scores as native_scores
 
     counts = [9, 8, 7, 5, 3, 2]
     bound = 8_000
@@ -83,7 +83,7 @@ def test_padded_plan_says_so() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"op": "nothing"}, ValueError, "op must be cross_attention_scores"),
+        ({"op": "nothing"}, ValueError, "op must be one of cross_attention_scores, max_similarity_scores"),
         ({"S": 256}, ValueError, "no similarity width S"),
         ({"phase": "sideways"}, ValueError, "phase must be one of"),
         ({"I": -1}, ValueError, "I must be at least 0"),
@@ -93,7 +93,9 @@ def test_padded_plan_says_so() -> None:
         ({"direction": "up"}, ValueError, "direction must be one of"),
         ({"steps": 2}, TypeError, "no option steps"),
         ({"arch": "sm_90a"}, ValueError, "device is cpu"),
-        ({"device": "cuda"}, RuntimeError, "no native plan on cuda"),
+        ({"device": "meta"}, RuntimeError, "not on meta"),
+        ({"device": "cuda", "arch": "sm_70"}, ValueError, "arch must be one of sm_80"),
+        ({"device": "cuda", "dtype": torch.float64}, RuntimeError, "accumulate in float32"),
         ({"dtype": torch.float64}, RuntimeError, "accumulate in float32"),
     ],
 )

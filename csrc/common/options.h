@@ -1,4 +1,4 @@
-// The options of cross_attention_scores as the kernels see them. The numbers are the order of the names in
+// The options of the score ops as the kernels see them. The numbers are the order of the names in
 // itm_kernels/ops/options.py, which is where they are spelt out; tests hold the two together.
 #pragma once
 
@@ -7,7 +7,7 @@
 namespace itm {
 
 enum class FeatureNorm : int64_t { kSoftmax, kL2, kClippedL2, kL1, kClippedL1, kClipped, kNone };
-enum class Aggregation : int64_t { kLogSumExp, kMax, kSum, kMean };
+enum class Aggregation : int64_t { kLogSumExp, kMax, kSum, kMean, kSoftmax };  // kSoftmax: of maxima alone
 enum class Focal : int64_t { kNone, kEqual, kProb };
 
 struct ScoreOptions {

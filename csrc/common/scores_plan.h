@@ -86,19 +86,20 @@ inline std::vector<int64_t> cut(const std::vector<int64_t>& offsets, int64_t mos
   return bounds;
 }
 
+// Size of equal parts of at most `most`: the last one is no remainder.
+inline int64_t even_parts(int64_t total, int64_t most) {
+  const int64_t parts = std::max<int64_t>((total + most - 1) / std::max<int64_t>(most, 1), 1);
+  return (total + parts - 1) / parts;
+}
+
 inline ScoresPlan plan_scores(const ScoresShape& shape, int64_t workspace_bytes) {
   const GroupSizes images = sizes_of(shape.region_offsets), captions = sizes_of(shape.word_offsets);
   const int64_t most_regions = std::max<int64_t>(images.most, 1), most_words = std::max<int64_t>(captions.most, 1);
 
-  // Blocks of equal size: the last one is no remainder.
-  const auto even = [](int64_t total, int64_t most) {
-    const int64_t parts = std::max<int64_t>((total + most - 1) / std::max<int64_t>(most, 1), 1);
-    return (total + parts - 1) / parts;
-  };
-  int64_t words = std::max(even(captions.rows, kBlockWords), most_words);
+  int64_t words = std::max(even_parts(captions.rows, kBlockWords), most_words);
   int64_t rows =
       kBlockBytesPerThread * std::max<int64_t>(shape.threads, 1) / std::max<int64_t>(words * shape.element_bytes, 1);
-  rows = std::max(even(images.rows, std::max(rows, most_regions)), most_regions);
+  rows = std::max(even_parts(images.rows, std::max(rows, most_regions)), most_regions);
   const auto needed = [&](int64_t r, int64_t w) {
     // As if the block were made of the smallest groups: the most Gram matrices that it can hold.
     const int64_t i = std::min(images.groups, r / std::max<int64_t>(images.least, 1) + 1);

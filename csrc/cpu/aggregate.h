@@ -1,6 +1,7 @@
 // agg_func: one number per segment from one number per query, and back. 1/keys of all the work, so written plainly.
 //
-//   LogSumExp log(sum exp(lambda x)) / lambda (shifted by its maximum), Max (gradient to the first arg-max), Sum, Mean.
+//   LogSumExp log(sum exp(lambda x)) / lambda (shifted by its maximum), Max (gradient to the first arg-max), Sum, Mean,
+//   Softmax sum softmax(lambda x) x.
 // No include guard: compiled once per instruction set.
 
 // A NaN is the largest of all, as in torch: it must reach the score. (Nothing beats it: every comparison fails.)
@@ -15,10 +16,14 @@ ITM_INLINE float aggregate(const float* x, int64_t n, Aggregation aggregation, f
   float best = x[0];
   for (int64_t i = 1; i < n; ++i) best = beats(x[i], best) ? x[i] : best;
   if (aggregation == Aggregation::kMax) return best;
-  Vec total{};
+  Vec total{}, weighted{};
   for (int64_t i = 0; i < n; i += kLanes) {
-    total += first_lanes(exp_of_nonpositive((load(x + i) - best) * lambda), n - i, 0.0f);
+    const Vec below = load(x + i) - best;
+    const Vec e = first_lanes(exp_of_nonpositive(below * lambda), n - i, 0.0f);
+    total += e;
+    weighted += first_lanes(e * below, n - i, 0.0f);
   }
+  if (aggregation == Aggregation::kSoftmax) return best + sum_of_lanes(weighted) / sum_of_lanes(total);
   return best + __builtin_logf(sum_of_lanes(total)) / lambda;
 }
 
@@ -42,5 +47,10 @@ ITM_INLINE void aggregate_backward(const float* x, int64_t n, Aggregation aggreg
     store(grad_x + i, e);  // spills into the next segment, which comes later
   }
   const float scale = grad / sum_of_lanes(total);
+  if (aggregation == Aggregation::kSoftmax) {
+    const float score = aggregate(x, n, aggregation, lambda);
+    for (int64_t i = 0; i < n; ++i) grad_x[i] *= scale * (1.0f + lambda * (x[i] - score));
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) grad_x[i] *= scale;
 }

@@ -120,9 +120,11 @@ ITM_INLINE void norm_backward(const Tile& tile) {
       const float scale = tile.scales[k * tile.segments + s];
       const float along =
           sum_over_segment(tile, s, [&](int64_t l) { return load(grad + l) * feature<kClipped>(load(raw + l)); });
-      const Vec pull = splat(norm > 0.0f ? along * scale * scale / (kL1 ? 1.0f : norm) : 0.0f);
-      const Vec push = splat(norm > 0.0f ? scale : 0.0f);
       const int64_t begin = tile.begin(s), n = tile.count(s);
+      // One query: x / (|x| + eps), where the general line would subtract two numbers that differ by eps alone.
+      const bool alone = n == 1;
+      const Vec pull = splat(norm > 0.0f && !alone ? along * scale * scale / (kL1 ? 1.0f : norm) : 0.0f);
+      const Vec push = splat(norm > 0.0f ? (alone ? kEps * scale * scale : scale) : 0.0f);
       for (int64_t l = begin; l < begin + n; l += kLanes) {
         const Vec x = feature<kClipped>(load(raw + l));
         const Vec direction = kL1 ? (x > 0.0f ? splat(1.0f) : (x < 0.0f ? splat(-1.0f) : splat(0.0f))) : x;

@@ -4,6 +4,7 @@
 ``scan``   ``xattn_score_t2i``, ``xattn_score_i2t``, ``ContrastiveLoss``
 ``bfan``   ``xattn_score``, ``ContrastiveLoss``
 ``pfan``   ``xattn_score_t2i``, ``xattn_score_i2t``, ``ContrastiveLoss``
+``chan``   ``hard_assignment_scores``
 =========  ===================================================================
 
 ``opt`` is the published ``argparse.Namespace`` (any object with its attributes). Only the options that a function

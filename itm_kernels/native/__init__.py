@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 INSTALL = "`pip install --no-build-isolation -e .` in a source checkout builds it"
@@ -34,3 +35,32 @@ def host() -> ModuleType:
     if reason is not None:
         raise RuntimeError(reason)
     return importlib.import_module(f"{__name__}._host")
+
+
+@functools.cache
+def cuda_load_error() -> str | None:
+    """Why there are no CUDA kernels, or None once they are loaded."""
+    reason = load_error()
+    if reason is not None:
+        return reason
+    reason = host().build_information()["no_cuda"]
+    if reason:
+        return f"the CUDA kernels were not built: {reason}"
+    try:
+        _cuda_modules()
+    except ImportError as error:
+        return f"the CUDA kernels do not load: {error}; {INSTALL}"
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    """GPUs that the CUDA kernels were compiled for, as torch writes them; empty where there are none."""
+    if cuda_load_error() is not None:
+        return []
+    return sorted({name for module in _cuda_modules() for name in module.architectures.split()})
+
+
+def _cuda_modules() -> list[ModuleType]:
+    """``_C_cuda``, and the libraries beside it whose kernels need GPUs of their own (``_C_cuda_90a``)."""
+    beside = sorted(path.name.split(".")[0] for path in Path(__file__).parent.glob("_C_cuda_*.so"))
+    return [importlib.import_module(f"{__name__}.{name}") for name in ("_C_cuda", *beside)]

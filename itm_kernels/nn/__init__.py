@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from itm_kernels.nn.cross_attention import CrossAttentionScorer
+from itm_kernels.nn.max_similarity import MaxSimilarityScorer
 
-__all__ = ["CrossAttentionScorer"]
+__all__ = ["CrossAttentionScorer", "MaxSimilarityScorer"]

@@ -11,6 +11,9 @@ DIRECTIONS = ("t2i", "i2t", "both")
 RAW_FEATURE_NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm")
 AGG_FUNCS = ("LogSumExp", "Max", "Sum", "Mean")
 FOCALS = ("none", "equal", "prob")
+# Of hard assignment. In C++ they are one enumeration with those above, "Softmax" the last.
+SIMILARITY_DIRECTIONS = ("t2i", "i2t")
+SIMILARITY_AGG_FUNCS = (*AGG_FUNCS, "Softmax")
 
 
 @dataclass(frozen=True)
@@ -81,3 +84,55 @@ def check_options(op: str, options: ScoreOptions) -> None:
             f"{op}: peak_weight is PFAN's, defined for direction 't2i' alone; got {options.peak_weight} with "
             f"{options.direction!r}"
         )
+
+
+@dataclass(frozen=True)
+class SimilarityOptions:
+    """Options of ``max_similarity_scores``, checked."""
+
+    direction: str
+    agg_func: str
+    lambda_lse: float
+
+    @property
+    def t2i(self) -> bool:
+        return self.direction == "t2i"
+
+    @property
+    def i2t(self) -> bool:
+        return self.direction == "i2t"
+
+    @property
+    def linear(self) -> bool:
+        """Whether the gradient of the aggregation is the same whatever it aggregates."""
+        return self.agg_func in ("Sum", "Mean")
+
+    def as_arguments(self) -> tuple[str, str, float]:
+        """In the order of the op's schema."""
+        return astuple(self)
+
+    def codes(self) -> tuple[int, float]:
+        """As the native kernels take them: aggregation and its lambda."""
+        return SIMILARITY_AGG_FUNCS.index(self.agg_func), self.lambda_lse
+
+
+def check_similarity_options(op: str, options: SimilarityOptions) -> None:
+    """Raise ``ValueError`` on a name that is not known or a number that is not usable."""
+    for name, value, allowed in (
+        ("direction", options.direction, SIMILARITY_DIRECTIONS),
+        ("agg_func", options.agg_func, SIMILARITY_AGG_FUNCS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    if not math.isfinite(options.lambda_lse):
+        raise ValueError(f"{op}: lambda_lse must be a finite number, got {options.lambda_lse}")
+    if options.lambda_lse <= 0:
+        raise ValueError(f"{op}: lambda_lse must be positive, got {options.lambda_lse}")
+
+
+def check_workspace_bytes(op: str, value: object) -> None:
+    """Raise unless ``value`` is a whole number of bytes, at least one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: workspace_bytes must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{op}: workspace_bytes must be positive, got {value}")

@@ -21,10 +21,10 @@ def check_pairs(
     word_counts: Counts,
     region_counts: Sequence[int] | Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Raise on anything that does not fit; return word counts, word offsets (of a layout alone) and region counts.
+    """Raise on anything that does not fit; return word counts, word offsets (a layout's, else None), region counts.
 
-    All int64. Values of counts are looked at in :func:`check_count_values`, inside the op: under ``torch.compile`` they do not
-    exist yet here.
+    All int64. Values of counts are looked at in :func:`check_count_values`, inside the op: under ``torch.compile`` they
+    do not exist yet here.
     """
     for name, tensor in (("regions", regions), ("words", words)):
         if not isinstance(tensor, Tensor):

@@ -72,7 +72,7 @@ def true_result(edge: str, case: tuple[tuple[str, Any], ...]) -> Result:
 def cases_of(place: Place) -> list[dict[str, Any]]:
     """All on native, with the aggregations in turn; a third and fewer on the floors written in torch."""
     cases = [case | {"agg_func": agg} for case, agg in zip(OPTIONS, itertools.cycle(AGG_FUNCS), strict=False)]
-    return cases[:: {"native": 1, "eager": 3, "reference": 5}[place.floor]]
+    return cases[:: {"native": 1, "eager": 3, "triton": 9, "reference": 5}[place.floor]]
 
 
 def assert_edge(edge: str, got: Result, case: dict[str, Any], *, scores: float, gradients: float) -> None:

@@ -1,4 +1,4 @@
-"""``cross_attention_scores`` on the native floor: library products around the C++ epilogue, block by block.
+"""``cross_attention_scores`` on the CPU: library products around the C++ epilogue, block by block.
 
 Per block of images x captions: ``S = V T^T`` by torch's BLAS, then one call that turns products into scores. The
 backward makes ``S`` again, one call turns it into ``dS`` in place, and three library products finish:
@@ -18,18 +18,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from itm_kernels.native import host, load_error
+from itm_kernels.native import host
 from itm_kernels.native.packing import Packed
 from itm_kernels.ops.options import ScoreOptions
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason this floor cannot run there, or None."""
-    if device.type != "cpu":
-        return f"the native kernels of this version run on the CPU, not on {device.type}"
-    if dtype == torch.float64:
-        return "the native kernels accumulate in float32; float64 runs on eager and reference"
-    return load_error()
 
 
 def forward(
@@ -40,7 +31,6 @@ def forward(
     options: ScoreOptions,
     *,
     workspace_bytes: int,
-    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> Tensor:  # [I, C] float32
     """Scores, block by block."""
     batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, backward=False)
@@ -69,7 +59,6 @@ def backward(
     options: ScoreOptions,
     *,
     workspace_bytes: int,
-    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> tuple[Tensor, Tensor]:
     """Gradients in the dtype of the inputs; accumulation in float32."""
     batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, backward=True)

@@ -1,0 +1,92 @@
+"""What can be promised of a GPU without one: plans of every op at every batch size, by arithmetic alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import word_counts
+from itm_kernels import plan
+from itm_kernels.planning import OPS
+
+BATCHES = (32, 128, 512, 1024, 2048, 8192, 16384, 65536)
+BOUND = 256 * 2**20
+DIRECTIONS = {"cross_attention_scores": ("t2i", "i2t", "both"), "max_similarity_scores": ("t2i", "i2t")}
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "cross_attention_scores": [{}, {"raw_feature_norm": "softmax"}],
+    "max_similarity_scores": [{"agg_func": "Sum"}, {"agg_func": "LogSumExp"}],
+}
+CASES = [
+    pytest.param(op, direction, options, id=f"{op}-{direction}-{'-'.join(options.values()) or 'default'}")
+    for op in OPS
+    for direction in DIRECTIONS[op]
+    for options in OPTIONS[op]
+]
+
+
+def made(op: str, batch: int, phase: str, **more: Any) -> Any:
+    more = {"dtype": torch.bfloat16, "device": "cuda", "arch": "sm_90a", **more}
+    return plan(op, batch, batch, 36, word_counts(batch), 1024, phase=phase, **more)
+
+
+def test_every_op_is_planned() -> None:
+    assert set(OPS) == set(DIRECTIONS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize(("op", "direction", "options"), CASES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
+def test_workspace_launches_and_padding(op: str, direction: str, options: dict[str, Any], arch: str) -> None:
+    for batch in BATCHES:
+        for phase, per_block in (("forward", 6), ("backward", 10)):
+            planned = made(op, batch, phase, direction=direction, arch=arch, **options)
+            where = f"B = {batch}, {phase}"
+            assert planned.workspace_bytes <= BOUND, where
+            assert planned.launches <= 8 + per_block * planned.blocks[phase].count, where
+            assert planned.useful_fraction >= (0.9 if batch >= 128 else 0.8), where
+            assert "wide" not in planned.route, where
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("op", OPS)
+def test_other_dtypes_stay_within_the_bound(op: str, dtype: torch.dtype) -> None:
+    for batch in BATCHES:
+        for direction in DIRECTIONS[op]:
+            planned = made(op, batch, "forward+backward", direction=direction, dtype=dtype)
+            assert planned.workspace_bytes <= BOUND, f"B = {batch}, {direction}"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("bound", [16 * 2**20, 64 * 2**20, 1 << 30])
+def test_another_bound_is_kept_too(op: str, bound: int) -> None:
+    for batch in (128, 2048):
+        planned = made(op, batch, "forward+backward", workspace_bytes=bound)
+        assert planned.workspace_bytes <= bound
+
+
+def test_flops_are_the_floor() -> None:
+    product = 2 * 128 * 36 * sum(word_counts(128)) * 1024
+    assert made("cross_attention_scores", 128, "forward").flops == product
+    assert made("cross_attention_scores", 128, "forward+backward").flops == 4 * product
+    # Hard assignment with a linear aggregation needs no products for its gradient but the two that apply it.
+    assert made("max_similarity_scores", 128, "backward", agg_func="Sum").flops == 2 * product
+    assert made("max_similarity_scores", 128, "backward", agg_func="LogSumExp").flops == 3 * product
+
+
+def test_a_plan_needs_no_gpu_and_says_what_is_too_large_for_tiles() -> None:
+    planned = plan(
+        "cross_attention_scores",
+        8,
+        8,
+        576,
+        [20] * 8,
+        768,
+        direction="t2i",
+        device="cuda",
+        arch="sm_90a",
+        phase="forward",
+    )
+    assert planned.route == "cuda-wide"
+    assert "t2i forward" in planned.reason
+    assert "sm_90a" in planned.reason
