@@ -26,7 +26,7 @@ LOWEST = ("reference", "eager", "native", "triton")
 # One implementation in torch ops serves every floor: no rooms below.
 WITHOUT_FLOORS = {"triplet_loss", "contrastive_loss"}
 # What ops share, and what the native floor shares among its ops.
-HELPERS = {"ops": {"library", "options", "pairs"}, "native": {"packing", "devices"}}
+HELPERS = {"ops": {"library", "options", "pairs"}, "native": {"packing", "devices"}, "eager": {"blocks"}}
 
 
 def rooms(floor: str) -> set[str]:

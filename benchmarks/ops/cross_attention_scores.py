@@ -25,6 +25,7 @@ from benchmarks.parity import TOLERANCE, Part, Tolerance
 from benchmarks.product import bare_products
 from itm_kernels import caption_layout, cross_attention_scores, why_not
 from itm_kernels.eager import cross_attention_scores as eager
+from itm_kernels.eager.blocks import Side
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.reference import cross_attention_scores as reference
 
@@ -153,7 +154,7 @@ class CrossAttentionWorkload:
         word_valid, options = self.word_valid, self.options
 
         def scores_of(regions: Tensor, words: Tensor) -> Tensor:
-            images, captions = eager.Side(regions, region_valid), eager.Side(words, word_valid)
+            images, captions = Side(regions, region_valid), Side(words, word_valid)
             products = (images.flat() @ captions.flat().t()).float()
             leaves = eager.Leaves(
                 products.view(*region_valid.shape, *word_valid.shape),

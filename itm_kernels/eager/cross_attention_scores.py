@@ -13,14 +13,13 @@ Captions are taken in order of length, so that a block is padded to its own long
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itm_kernels.layout import offsets_of
+from itm_kernels.eager.blocks import Batch, Side
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.ops.pairs import score_dtype
 
@@ -40,25 +39,6 @@ class Leaves(NamedTuple):
     word_gram: Tensor | None  # [C, W, W]; i2t
     region_norms: Tensor  # [I, R]
     word_norms: Tensor  # [C, W]
-
-
-@dataclass
-class Side:
-    """The regions of some images, or the words of some captions, padded to the longest of them."""
-
-    vectors: Tensor  # [G, K, D], zero where not valid
-    valid: Tensor  # [G, K] bool
-
-    def flat(self) -> Tensor:  # [G * K, D]
-        return self.vectors.flatten(0, 1)
-
-    def gram(self) -> Tensor:  # [G, K, K]
-        wide = self.vectors.to(score_dtype(self.vectors.dtype))
-        return wide @ wide.transpose(1, 2)
-
-    def norms(self) -> Tensor:  # [G, K]
-        norms: Tensor = torch.linalg.vector_norm(self.vectors, dim=-1, dtype=score_dtype(self.vectors.dtype))
-        return norms
 
 
 def scores_of_products(
@@ -153,11 +133,11 @@ def forward(
     word_offsets: Tensor | None = None,  # [C + 1]
 ) -> Tensor:  # [I, C]
     """Scores, block by block."""
-    batch = _Batch(regions, words, word_counts, word_offsets, region_counts)
+    batch = Batch(regions, words, word_counts, word_offsets, region_counts)
     scores = regions.new_empty(batch.images, batch.captions, dtype=score_dtype(regions.dtype))
-    for rows, longest in batch.caption_blocks(options, workspace_bytes):
+    for rows, longest in batch.caption_blocks(workspace_bytes):
         captions = batch.captions_of(rows, longest)
-        for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):
+        for start, stop in batch.image_blocks(rows, longest, _arrays(options), workspace_bytes):
             images = batch.images_of(start, stop)
             leaves = _leaves(images, captions, options)
             scores[start:stop, rows] = scores_of_products(leaves, images.valid, captions.valid, options)
@@ -176,14 +156,14 @@ def backward(
     word_offsets: Tensor | None = None,  # [C + 1]
 ) -> tuple[Tensor, Tensor]:
     """Gradients, block by block; float32 accumulators for half-precision inputs."""
-    batch = _Batch(regions, words, word_counts, word_offsets, region_counts)
+    batch = Batch(regions, words, word_counts, word_offsets, region_counts)
     wide = score_dtype(regions.dtype)
     grad_regions = torch.zeros(regions.shape, dtype=wide, device=regions.device)
     grad_words = torch.zeros(words.shape, dtype=wide, device=words.device)
-    for rows, longest in batch.caption_blocks(options, workspace_bytes):
+    for rows, longest in batch.caption_blocks(workspace_bytes):
         captions = batch.captions_of(rows, longest)
         of_captions = torch.zeros(captions.vectors.shape, dtype=wide, device=words.device)
-        for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):
+        for start, stop in batch.image_blocks(rows, longest, _arrays(options), workspace_bytes):
             images = batch.images_of(start, stop)
             grads = _differentiate(images, captions, options, grad_scores[start:stop, rows].to(wide))
             inner = grads.products.flatten(0, 1).flatten(1).to(regions.dtype)  # [I R, C W]
@@ -224,92 +204,6 @@ def _through_gram_and_norms(side: Side, grad_gram: Tensor | None, grad_norms: Te
     return grad if grad_gram is None else grad + (grad_gram + grad_gram.transpose(1, 2)) @ wide
 
 
-class _Batch:
-    """Cuts a batch into blocks and puts their gradients back."""
-
-    def __init__(
-        self,
-        regions: Tensor,
-        words: Tensor,
-        word_counts: Tensor,
-        word_offsets: Tensor | None,
-        region_counts: Tensor | None,
-    ) -> None:
-        self.regions, self.words = regions, words
-        self.images, self.captions = regions.shape[0], word_counts.shape[0]
-        self.counts_on_host = word_counts.device.type == "cpu"
-        if words.dim() == 3:
-            word_counts = word_counts.clamp(1, words.shape[1])
-        self.word_counts = word_counts.to(words.device)
-        if words.dim() == 3:
-            self.starts = None
-        else:
-            self.starts = offsets_of(self.word_counts) if word_offsets is None else word_offsets
-        if self.counts_on_host:
-            host = word_counts.tolist()
-            self.order = sorted(range(self.captions), key=host.__getitem__)
-            self.lengths = [host[c] for c in self.order]
-        else:  # never read back: every caption is as long as the padding
-            self.order, self.lengths = list(range(self.captions)), [words.shape[1]] * self.captions
-        if region_counts is None:
-            self.region_counts = None
-        else:
-            self.region_counts = region_counts.to(regions.device).clamp(1, regions.shape[1])
-
-    def _pair_bytes(self, longest: int, options: ScoreOptions) -> int:
-        # The epilogue and its autograd keep about ten arrays of [R, W] a pair in one direction.
-        directions = int(options.t2i) + int(options.i2t)
-        return 10 * directions * self.regions.shape[1] * longest * (8 if self.regions.dtype == torch.float64 else 4)
-
-    def caption_blocks(self, options: ScoreOptions, workspace_bytes: int) -> list[tuple[Tensor, int]]:
-        """Captions of like length: (their numbers, the longest)."""
-        width = self.regions.shape[2]
-        blocks: list[tuple[Tensor, int]] = []
-        start = 0
-        while start < self.captions:
-            stop = start + 1
-            while stop < self.captions:
-                longest = self.lengths[stop]  # ascending
-                rows = (stop + 1 - start) * longest
-                padded = rows - sum(self.lengths[start : stop + 1])
-                # Half of the bound for the captions of a block and their gradient, the rest for products; a tenth of
-                # a block may be padding once it is large enough for an efficient product.
-                if rows * width * 16 > workspace_bytes // 2 or (rows > 256 and padded * 10 > rows):
-                    break
-                stop += 1
-            rows_of_block = torch.tensor(self.order[start:stop], device=self.words.device)
-            blocks.append((rows_of_block, self.lengths[stop - 1]))
-            start = stop
-        return blocks
-
-    def image_blocks(
-        self, rows: Tensor, longest: int, options: ScoreOptions, workspace_bytes: int
-    ) -> list[tuple[int, int]]:
-        regions, width = self.regions.shape[1:]
-        per_image = rows.shape[0] * self._pair_bytes(longest, options) + 4 * 4 * regions * (width + regions)
-        step = min(max(workspace_bytes // 2 // per_image, 1), self.images)
-        return [(start, min(start + step, self.images)) for start in range(0, self.images, step)]
-
-    def images_of(self, start: int, stop: int) -> Side:
-        vectors = self.regions[start:stop]
-        if self.region_counts is None:
-            return Side(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
-        number = torch.arange(vectors.shape[1], device=vectors.device)
-        valid = number < self.region_counts[start:stop, None]
-        return Side(torch.where(valid[..., None], vectors, 0), valid)
-
-    def captions_of(self, rows: Tensor, longest: int) -> Side:
-        number = torch.arange(longest, device=rows.device)
-        valid = number < self.word_counts[rows, None]
-        if self.starts is None:
-            vectors = self.words[rows, :longest]
-        else:
-            vectors = self.words[(self.starts[rows, None] + number).clamp(max=self.words.shape[0] - 1)]
-        return Side(torch.where(valid[..., None], vectors, 0), valid)
-
-    def put_captions(self, grad_words: Tensor, rows: Tensor, valid: Tensor, grad: Tensor) -> None:
-        if self.starts is None:
-            grad_words[rows, : valid.shape[1]] = torch.where(valid[..., None], grad, 0)
-        else:
-            number = torch.arange(valid.shape[1], device=rows.device)
-            grad_words[(self.starts[rows, None] + number)[valid]] = grad[valid]
+def _arrays(options: ScoreOptions) -> int:
+    """The epilogue and its autograd keep about ten arrays of [R, W] a pair in one direction."""
+    return 10 * (int(options.t2i) + int(options.i2t))

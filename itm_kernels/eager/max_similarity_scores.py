@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itm_kernels.eager.cross_attention_scores import Side, _Batch
+from itm_kernels.eager.blocks import Batch, Side
 from itm_kernels.layout import offsets_of
 from itm_kernels.ops.options import SimilarityOptions
 from itm_kernels.ops.pairs import score_dtype
@@ -40,10 +40,10 @@ def forward(
     arg_max: Tensor | None = None,  # [groups, queries] uint8: written
 ) -> Tensor:  # [I, C]
     """Scores, block by block."""
-    batch = _Batch(regions, words, word_counts, word_offsets, region_counts)
+    batch = Batch(regions, words, word_counts, word_offsets, region_counts)
     kept = None if arg_max is None else _Kept(arg_max, regions, words, word_counts, options)
     scores = regions.new_empty(batch.images, batch.captions, dtype=score_dtype(regions.dtype))
-    for block in _blocks(batch, options, workspace_bytes):
+    for block in _blocks(batch, workspace_bytes):
         best, key = _largest(_products(block, options), block.keys(options))
         found = aggregate(best, block.queries(options).valid, options)
         scores[block.start : block.stop, block.rows] = found if options.t2i else found.t()
@@ -65,13 +65,13 @@ def backward(
     arg_max: Tensor | None = None,  # [groups, queries] uint8: read
 ) -> tuple[Tensor, Tensor]:
     """Gradients, block by block; float32 accumulators for half-precision inputs."""
-    batch = _Batch(regions, words, word_counts, word_offsets, region_counts)
+    batch = Batch(regions, words, word_counts, word_offsets, region_counts)
     kept = None if arg_max is None else _Kept(arg_max, regions, words, word_counts, options)
     wide = score_dtype(regions.dtype)
     grad_regions = torch.zeros(regions.shape, dtype=wide, device=regions.device)
     grad_words = torch.zeros(words.shape, dtype=wide, device=words.device)
     of_captions: Tensor | None = None
-    for block in _blocks(batch, options, workspace_bytes):
+    for block in _blocks(batch, workspace_bytes):
         if of_captions is None:
             of_captions = torch.zeros(block.captions.vectors.shape, dtype=wide, device=words.device)
         grad = grad_scores[block.start : block.stop, block.rows].to(wide)
@@ -116,13 +116,17 @@ class _Block:
         return self.captions if options.t2i else self.images
 
 
-def _blocks(batch: _Batch, options: SimilarityOptions, workspace_bytes: int) -> Iterator[_Block]:
+# Products, their mask, dS and what is in passing: as many as scores by attention keep in one direction.
+ARRAYS = 10
+
+
+def _blocks(batch: Batch, workspace_bytes: int) -> Iterator[_Block]:
     """All blocks, captions the outer loop."""
     first = 0
-    for rows, longest in batch.caption_blocks(options, workspace_bytes):  # type: ignore[arg-type]
+    for rows, longest in batch.caption_blocks(workspace_bytes):
         captions = batch.captions_of(rows, longest)
         numbers = batch.order[first : first + rows.shape[0]]
-        for start, stop in batch.image_blocks(rows, longest, options, workspace_bytes):  # type: ignore[arg-type]
+        for start, stop in batch.image_blocks(rows, longest, ARRAYS, workspace_bytes):
             yield _Block(start, stop, rows, numbers, batch.images_of(start, stop), captions)
         first += rows.shape[0]
 

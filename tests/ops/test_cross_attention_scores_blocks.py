@@ -13,8 +13,8 @@ from torch import Tensor
 from helpers import Batch, Place, assert_ladder, random_batch, run, truth
 from itm_kernels import cross_attention_scores
 from itm_kernels.eager import cross_attention_scores as eager
+from itm_kernels.eager.blocks import Batch as EagerBatch
 from itm_kernels.native.cpu import cross_attention_scores as native
-from itm_kernels.ops.options import ScoreOptions
 from memory import peak_bytes
 
 OP = "cross_attention_scores"
@@ -70,9 +70,8 @@ def test_a_smaller_bound_makes_more_blocks(calls: dict[str, int], floor: str, di
 
 def test_eager_pads_no_short_caption_to_a_long_one() -> None:
     batch = random_batch(173, captions=200, words=60, word_counts=[3] * 199 + [60])
-    chosen = eager._Batch(batch.regions, batch.words, torch.tensor(batch.word_counts), None, None)
-    options = ScoreOptions("t2i", "clipped_l2norm", 9.0, "Mean", 6.0, "none", 0.0)
-    blocks = chosen.caption_blocks(options, 1 << 28)
+    chosen = EagerBatch(batch.regions, batch.words, torch.tensor(batch.word_counts), None, None)
+    blocks = chosen.caption_blocks(1 << 28)
     padded = sum(len(rows) * longest for rows, longest in blocks)
     assert padded <= 1.2 * sum(batch.word_counts)
     assert sorted(torch.cat([rows for rows, _ in blocks]).tolist()) == list(range(200))

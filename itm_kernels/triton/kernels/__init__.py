@@ -1,0 +1,1 @@
+"""The kernels themselves, one module a concept; ``words`` holds what they share."""
