@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, settings
 import emulated
 from helpers import Place
 from itm_kernels.native import devices
-from itm_kernels.native.cuda.machine import Machine
 from itm_kernels.native.devices import Kernels
 
 # Derandomised: a failure in CI is the same failure at home. No deadline: machines are shared.
@@ -26,8 +25,6 @@ settings.register_profile("house", derandomize=True, deadline=None, suppress_hea
 settings.load_profile("house")
 
 DEVICES = ("cpu", "cuda")
-EMULATED_GPU = Machine("sm_90", 227 * 1024, multiprocessors=2)
-"""Few multiprocessors, so that small batches are split among them as large ones are on a real GPU."""
 
 
 def places(floors: tuple[str, ...]) -> list[Any]:
@@ -55,7 +52,7 @@ def _place(request: pytest.FixtureRequest, dtype: torch.dtype) -> Place:
     if reason is not None:
         pytest.skip(f"{place}: {reason}")
     if place.emulated:
-        kernels = Kernels(emulated.library(), EMULATED_GPU)
+        kernels = Kernels(emulated.library(), emulated.GPU)
         request.getfixturevalue("monkeypatch").setattr(devices, "kernels_for", lambda device: kernels)
     return place
 

@@ -18,11 +18,14 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from includes import contents
+from itm_kernels.native.cuda.machine import Machine
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "emulation"
 CACHE = ROOT / "build" / "emulated"
+GPU = Machine("sm_90", 227 * 1024, multiprocessors=2)
+"""Few multiprocessors, so that small batches are split among them as large ones are on a real GPU."""
 TORCH_TARGET = "0x020b000000000000"
 
 

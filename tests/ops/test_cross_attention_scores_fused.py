@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import emulated
-from conftest import EMULATED_GPU
 from focal import undecided
 from helpers import Batch, Place, assert_ladder, label, option_pairs, random_batch, run, score_error, truth
 from itm_kernels import caption_layout, cross_attention_scores, plan
@@ -42,7 +41,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
     if reason is not None:
         pytest.skip(reason)
     if found.emulated:
-        kernels = Kernels(emulated.library(), EMULATED_GPU)
+        kernels = Kernels(emulated.library(), emulated.GPU)
         monkeypatch.setattr(devices, "kernels_for", lambda device: kernels)
     monkeypatch.setenv(ROUTE, "fused")
     return found
