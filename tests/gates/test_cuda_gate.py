@@ -7,7 +7,9 @@ in sources.json with the reason (``without_tensor_cores``: part of the kernel's 
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -40,6 +42,17 @@ def lacks_tensor_cores(kernel: Kernel, opcode: str) -> bool:
 
 def touches_local_memory(kernel: Kernel) -> bool:
     return bool(kernel.stack or kernel.spilled) or any(re.match(r"(STL|LDL)\b", name) for name in kernel.opcodes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_ahead(request: pytest.FixtureRequest) -> None:
+    """What the selected tests will ask for, a compiler a core; a failure is told by the test that it belongs to."""
+    items = (item for item in request.session.items if item.module is request.module)
+    mine = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    wanted = sorted({(params["source"], params["architecture"]) for params in mine if "source" in params})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for build in wanted:
+            pool.submit(sass.kernels_of, sass.CSRC / build[0], build[1])
 
 
 @pytest.mark.parametrize(("source", "architecture"), BUILDS)
