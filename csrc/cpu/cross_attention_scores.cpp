@@ -1,5 +1,5 @@
 // cross_attention_scores on the CPU: what happens between the two library products of a block.
-// The block loop is itm_kernels/native/cross_attention_scores.py, the mathematics is in the kernel headers beside this.
+// The block loop is itm_kernels/native/cpu/cross_attention_scores.py, the mathematics stands in the headers beside this.
 
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // max_similarity_scores on the CPU: maxima and their aggregation after the library product of a block, and gradients.
-// The block loop is itm_kernels/native/max_similarity_scores.py, the mathematics is in the kernel header beside this.
+// The block loop is itm_kernels/native/cpu/max_similarity_scores.py, the mathematics stands in the headers beside this.
 
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // cross_attention_scores on CUDA: what happens between the library products of a block.
-// The block loop is itm_kernels/native/cuda/cross_attention_scores.py, the mathematics is in the kernel headers beside this.
+// The block loop is itm_kernels/native/cuda/cross_attention_scores.py, the mathematics in the headers beside this.
 
 #include "arguments.h"
 #include "cross_attention_scores_kernel.cuh"

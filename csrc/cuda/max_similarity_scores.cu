@@ -1,5 +1,5 @@
 // max_similarity_scores on CUDA: what happens between the library products of a block.
-// The block loop is itm_kernels/native/cuda/max_similarity_scores.py, the mathematics is in the kernel header beside this.
+// The block loop is itm_kernels/native/cuda/max_similarity_scores.py, the mathematics in the headers beside this.
 
 #include "arguments.h"
 #include "launch.h"

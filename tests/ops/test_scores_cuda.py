@@ -94,15 +94,11 @@ def test_any_batch_of_hard_assignment(batch: Batch, direction: str, agg: str, wo
         got = run(batch, "native", workspace_bytes=workspace, **options)
     true = truth(batch, **options)
     for mine, real in zip(got, true, strict=True):
-        # A tie between equal keys (zero vectors, one number wide) is broken by rounding.
-        if mine is not got.scores and not batch.regions.isnan().any() and not batch.regions[0, 0].any():
-            assert torch.isfinite(mine).all()
-            continue
         torch.testing.assert_close(mine.double(), real.double(), rtol=1e-4, atol=2e-5)
 
 
 def clean(batch: Batch) -> Batch:
-    """Zeros where padding is: what is compared with the published padding of device counts."""
+    """Zeros where padding is, for counts that let it in."""
     return Batch(
         batch.regions.nan_to_num(), batch.words.nan_to_num(), batch.word_counts, batch.region_counts, batch.grad_scores
     )
