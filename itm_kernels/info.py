@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 import platform
 
@@ -17,8 +18,9 @@ DEVICES = ("cpu", "cuda")
 
 
 def ops() -> list[str]:
-    """Every op with floors; each has a definition, so the floor ``reference`` lists them."""
-    return sorted(module.name for module in pkgutil.iter_modules(reference.__path__))
+    """Every op with floors: each has a definition, so ``reference`` lists them, beside what they share."""
+    names = sorted(module.name for module in pkgutil.iter_modules(reference.__path__))
+    return [name for name in names if hasattr(importlib.import_module(f"{reference.__name__}.{name}"), "why_not")]
 
 
 def versions() -> dict[str, str]:

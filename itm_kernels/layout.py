@@ -71,6 +71,23 @@ def offsets_of(counts: Tensor) -> Tensor:
     return offsets
 
 
+def padded_words(
+    words: Tensor,  # [C, W, D] or packed [N, D]
+    word_counts: Sequence[int] | Tensor | CaptionLayout,  # [C]
+) -> tuple[Tensor, Tensor]:  # [C, W, D], [C, W] bool
+    """Words with an axis of captions, and which of them count; rows of the padding hold anything."""
+    counts = host_counts("padded_words", "word_counts", word_counts).to(words.device)
+    if words.dim() == 3:
+        counts = counts.clamp(1, words.shape[1])
+    longest = words.shape[1] if words.dim() == 3 else int(counts.max()) if counts.numel() else 1
+    number = torch.arange(longest, device=words.device)
+    valid = number < counts[:, None]
+    if words.dim() == 3:
+        return words, valid
+    rows = offsets_of(counts)[:-1, None] + number
+    return words[rows.clamp(max=max(words.shape[0] - 1, 0))], valid
+
+
 def host_counts(op: str, name: str, counts: Sequence[int] | Tensor | CaptionLayout) -> Tensor:
     """Counts in any accepted form -> int64 tensor ``[n]``, on the host or on the device they are on (never read)."""
     if isinstance(counts, CaptionLayout):

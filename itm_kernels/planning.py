@@ -14,7 +14,7 @@ from itm_kernels.backends import why_not
 from itm_kernels.layout import CaptionLayout, check_counts, host_counts
 from itm_kernels.native.cuda.machine import Machine, machine_of, machine_of_arch
 from itm_kernels.native.devices import FLOAT64
-from itm_kernels.ops.cross_attention_scores import WORKSPACE_BYTES
+from itm_kernels.ops.options import WORKSPACE_BYTES
 from itm_kernels.planners import Blocks, Plan, PlannedBatch
 
 __all__ = ["Blocks", "Plan", "plan"]

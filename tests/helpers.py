@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Place:
             return "there is no CUDA device"
         if self.emulated and (reason := emulated.why_not()):
             return reason
+        if self.emulated and importlib.util.find_spec(f"itm_kernels.native.cuda.{op}") is None:
+            return f"{op} has no CUDA kernels in this version"
         return why_not(self.floor, op, self.device, dtype)
 
 

@@ -24,9 +24,26 @@ PACKAGE = ROOT / "itm_kernels"
 CSRC = ROOT / "csrc"
 LOWEST = ("reference", "eager", "native", "triton")
 # One implementation in torch ops serves every floor: no rooms below.
-WITHOUT_FLOORS = {"triplet_loss", "contrastive_loss"}
+WITHOUT_FLOORS = {"attention_states", "contrastive_loss", "triplet_loss"}
 # What ops share, and what the native floor shares among its ops.
-HELPERS = {"ops": {"library", "options", "pairs"}, "native": {"packing", "devices"}, "eager": {"blocks"}}
+HELPERS = {
+    "ops": {
+        "autograd",
+        "batch_norm",
+        "dropout",
+        "library",
+        "options",
+        "pairs",
+        "parameters",
+        "stage_options",
+        "stages",
+    },
+    "native": {"packing", "devices"},
+    "eager": {"blocks", "norms", "stage_blocks"},
+    "reference": {"common", "stages"},
+}
+# What a floor may take from the contracts: records, checks, and what both sides must agree on to the bit.
+SHARED = ("layout", "ops.dropout", "ops.options", "ops.pairs", "ops.parameters", "ops.stage_options")
 
 
 def rooms(floor: str) -> set[str]:
@@ -85,7 +102,7 @@ def test_the_lowest_floors_do_not_know_each_other(floor: str) -> None:
 
 @pytest.mark.parametrize("floor", LOWEST)
 def test_the_lowest_floors_take_only_shared_words_from_above(floor: str) -> None:
-    allowed = ("itm_kernels.layout", "itm_kernels.ops.options", "itm_kernels.ops.pairs", f"itm_kernels.{floor}")
+    allowed = (*(f"itm_kernels.{name}" for name in SHARED), f"itm_kernels.{floor}")
     for path in modules_below(floor):
         for name in imported(path):
             assert name.startswith(allowed), f"{path.name} imports {name}"
@@ -147,11 +164,10 @@ def test_the_constants_of_cpp_are_those_of_python() -> None:
     header = (CSRC / "common" / "options.h").read_text()
     numbers = dict(re.findall(r"constexpr float (k\w+) = ([\d.e-]+)f;", header))
     for floor in ("reference", "eager"):
-        for op in rooms(floor):
-            module = importlib.import_module(f"itm_kernels.{floor}.{op}")
-            # Hard assignment divides by no norm.
-            if op != "max_similarity_scores":
-                assert float(numbers["kEps"]) == module.EPS
+        modules = [importlib.import_module(f"itm_kernels.{floor}.{path.stem}") for path in modules_below(floor)]
+        found = [module.EPS for module in modules if hasattr(module, "EPS")]
+        assert found
+        assert set(found) == {float(numbers["kEps"])}
     assert float(numbers["kNegativeSlope"]) == 0.1
 
 

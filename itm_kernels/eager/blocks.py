@@ -9,6 +9,7 @@ from torch import Tensor
 
 from itm_kernels.layout import offsets_of
 from itm_kernels.ops.pairs import score_dtype
+from itm_kernels.ops.parameters import ReasoningParameters, RegulatedParameters
 
 
 @dataclass
@@ -17,6 +18,14 @@ class Side:
 
     vectors: Tensor  # [G, K, D], zero where not valid
     valid: Tensor  # [G, K] bool
+
+    def to(self, dtype: torch.dtype) -> Side:
+        """The same in another dtype."""
+        return Side(self.vectors.to(dtype), self.valid)
+
+    def as_leaf(self) -> Side:
+        """The same vectors at the start of a graph."""
+        return Side(self.vectors.detach().requires_grad_(), self.valid)
 
     def flat(self) -> Tensor:  # [G * K, D]
         return self.vectors.flatten(0, 1)
@@ -62,9 +71,10 @@ class Batch:
         else:
             self.region_counts = region_counts.to(regions.device).clamp(1, regions.shape[1])
 
-    def caption_blocks(self, workspace_bytes: int) -> list[tuple[Tensor, int]]:
-        """Captions of like length: (their numbers, the longest)."""
-        width = self.regions.shape[2]
+    def caption_blocks(self, workspace_bytes: int, word_bytes: int | None = None) -> list[tuple[Tensor, int]]:
+        """Captions of like length: (their numbers, the longest). A word takes ``word_bytes``, or 16 an element."""
+        if word_bytes is None:
+            word_bytes = 16 * self.regions.shape[2]
         blocks: list[tuple[Tensor, int]] = []
         start = 0
         while start < self.captions:
@@ -75,7 +85,7 @@ class Batch:
                 padded = rows - sum(self.lengths[start : stop + 1])
                 # Half of the bound for the captions of a block and their gradient, the rest for products; a tenth of
                 # a block may be padding once it is large enough for an efficient product.
-                if rows * width * 16 > workspace_bytes // 2 or (rows > 256 and padded * 10 > rows):
+                if rows * word_bytes > workspace_bytes // 2 or (rows > 256 and padded * 10 > rows):
                     break
                 stop += 1
             rows_of_block = torch.tensor(self.order[start:stop], device=self.words.device)
@@ -85,9 +95,14 @@ class Batch:
 
     def image_blocks(self, rows: Tensor, longest: int, arrays: int, workspace_bytes: int) -> list[tuple[int, int]]:
         """Images against the captions ``rows``, where a pair takes so many arrays of [R, W]."""
-        regions, width = self.regions.shape[1:]
+        regions = self.regions.shape[1]
         pair_bytes = arrays * regions * longest * (8 if self.regions.dtype == torch.float64 else 4)
-        per_image = rows.shape[0] * pair_bytes + 4 * 4 * regions * (width + regions)
+        return self.images_at_once(rows.shape[0] * pair_bytes, workspace_bytes)
+
+    def images_at_once(self, image_bytes: int, workspace_bytes: int) -> list[tuple[int, int]]:
+        """Images (first, past the last) where one takes ``image_bytes`` beside its regions."""
+        regions, width = self.regions.shape[1:]
+        per_image = image_bytes + 4 * 4 * regions * (width + regions)
         step = min(max(workspace_bytes // 2 // per_image, 1), self.images)
         return [(start, min(start + step, self.images)) for start in range(0, self.images, step)]
 
@@ -114,3 +129,9 @@ class Batch:
         else:
             number = torch.arange(valid.shape[1], device=rows.device)
             grad_words[(self.starts[rows, None] + number)[valid]] = grad[valid]
+
+
+def room_for_blocks(workspace_bytes: int, parameters: RegulatedParameters | ReasoningParameters) -> int:
+    """What blocks may take of the bound: beside them stands a set of wide parameters, and gradients of a block's."""
+    beside = sum(2 * 4 * p.numel() for p in parameters.flat() if p is not None)
+    return max(workspace_bytes - beside, workspace_bytes // 4)

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from itm_kernels.eager.blocks import Batch, Side
+from itm_kernels.eager.norms import EPS, root
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.ops.pairs import score_dtype
-
-EPS = 1e-8
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -75,7 +74,7 @@ def _attend(
     dot = (weights * products).sum(1)  # [A, B, Q]
     image = (gram @ weights.flatten(2)).view(groups, keys, partners, queries)
     quadratic = (weights * image).sum(1)
-    cosine = dot / (query_norms * _sqrt(quadratic)).clamp(min=EPS)
+    cosine = dot / (query_norms * root(quadratic)).clamp(min=EPS)
     scores = _aggregate(cosine, query_valid, options)
     if options.peak_weight:
         scores = scores + options.peak_weight * _aggregate(weights.max(dim=1).values, query_valid, options)
@@ -90,7 +89,7 @@ def _feature_norm(products: Tensor, query_valid: Tensor, name: str) -> Tensor:  
         return x
     counted = torch.where(query_valid, x, 0.0)
     if name.endswith("l2norm"):
-        norm = _sqrt((counted * counted).sum(-1, keepdim=True))
+        norm = root((counted * counted).sum(-1, keepdim=True))
     else:
         norm = counted.abs().sum(-1, keepdim=True)
     return torch.where(norm > 0, x / (norm + EPS), 0.0)
@@ -114,12 +113,6 @@ def _aggregate(x: Tensor, valid: Tensor, options: ScoreOptions) -> Tensor:  # [A
         return x.masked_fill(~valid, -torch.inf).max(-1).values
     total = torch.where(valid, x, 0.0).sum(-1)
     return total if options.agg_func == "Sum" else total / valid.sum(-1)
-
-
-def _sqrt(square: Tensor) -> Tensor:
-    """Square root of what may be zero, or below it by rounding: 0 there, gradient 0."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
 def forward(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from itm_kernels.layout import CaptionLayout
-from itm_kernels.ops.cross_attention_scores import OP, WORKSPACE_BYTES, cross_attention_scores
-from itm_kernels.ops.options import ScoreOptions, check_options
+from itm_kernels.ops.cross_attention_scores import OP, cross_attention_scores
+from itm_kernels.ops.options import WORKSPACE_BYTES, ScoreOptions, check_options
 
 
 class CrossAttentionScorer(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from itm_kernels.layout import CaptionLayout
-from itm_kernels.ops.max_similarity_scores import OP, WORKSPACE_BYTES, max_similarity_scores
-from itm_kernels.ops.options import SimilarityOptions, check_similarity_options, check_workspace_bytes
+from itm_kernels.ops.max_similarity_scores import OP, max_similarity_scores
+from itm_kernels.ops.options import WORKSPACE_BYTES, SimilarityOptions, check_similarity_options, check_workspace_bytes
 
 
 class MaxSimilarityScorer(nn.Module):

@@ -11,11 +11,10 @@ from torch import Tensor
 from itm_kernels.backends import check_backend, pick, requested
 from itm_kernels.layout import CaptionLayout
 from itm_kernels.ops.library import define
-from itm_kernels.ops.options import ScoreOptions, check_options, number
+from itm_kernels.ops.options import WORKSPACE_BYTES, ScoreOptions, check_options, check_workspace_bytes, number
 from itm_kernels.ops.pairs import autocast_inputs, check_count_values, check_pairs, score_dtype
 
 OP = "cross_attention_scores"
-WORKSPACE_BYTES = 256 * 2**20
 
 
 def cross_attention_scores(
@@ -117,10 +116,7 @@ def cross_attention_scores(
         raise ValueError(f"{OP}: focal must be None, 'equal' or 'prob', got 'none'")
     check_options(OP, options)
     check_backend(OP, backend)
-    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"{OP}: workspace_bytes must be a whole number, got {workspace_bytes!r}")
-    if workspace_bytes < 1:
-        raise ValueError(f"{OP}: workspace_bytes must be positive, got {workspace_bytes}")
+    check_workspace_bytes(OP, workspace_bytes)
     regions, words = autocast_inputs(regions, words)
     scores: Tensor = CrossAttentionScores.apply(
         regions, words, counts, offsets, of_regions, (*options.as_arguments(), workspace_bytes, requested(backend))

@@ -11,11 +11,16 @@ from torch import Tensor
 from itm_kernels.backends import check_backend, pick, requested
 from itm_kernels.layout import CaptionLayout
 from itm_kernels.ops.library import define
-from itm_kernels.ops.options import SimilarityOptions, check_similarity_options, check_workspace_bytes, number
+from itm_kernels.ops.options import (
+    WORKSPACE_BYTES,
+    SimilarityOptions,
+    check_similarity_options,
+    check_workspace_bytes,
+    number,
+)
 from itm_kernels.ops.pairs import autocast_inputs, check_count_values, check_pairs, score_dtype
 
 OP = "max_similarity_scores"
-WORKSPACE_BYTES = 256 * 2**20
 KEYS_OF_A_BYTE = 256
 
 

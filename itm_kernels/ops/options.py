@@ -6,6 +6,9 @@ import math
 from dataclasses import astuple, dataclass
 from numbers import Real
 
+WORKSPACE_BYTES = 256 * 2**20
+"""Bound on the memory of one call, unless the call says otherwise."""
+
 DIRECTIONS = ("t2i", "i2t", "both")
 # The order of the next three is that of the enumerations in csrc/common/options.h.
 RAW_FEATURE_NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm")
@@ -14,6 +17,10 @@ FOCALS = ("none", "equal", "prob")
 # Of hard assignment. In C++ they are one enumeration with those above, "Softmax" the last.
 SIMILARITY_DIRECTIONS = ("t2i", "i2t")
 SIMILARITY_AGG_FUNCS = (*AGG_FUNCS, "Softmax")
+# Of the ops that learn: RCAR's and SGRAF's.
+QUERY_DIRECTIONS = ("t2i", "i2t")
+REGULATORS = ("rar", "rcr", "rcar")
+REASONINGS = ("SAF", "SGR")
 
 
 @dataclass(frozen=True)
@@ -136,3 +143,107 @@ def check_workspace_bytes(op: str, value: object) -> None:
         raise TypeError(f"{op}: workspace_bytes must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{op}: workspace_bytes must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class RegulatedOptions:
+    """Options of ``regulated_scores``, checked."""
+
+    direction: str
+    regulator: str
+    steps: int
+    temperature: float
+    dropout: float
+    seed: int
+    image_offset: int
+    caption_offset: int
+
+    @property
+    def t2i(self) -> bool:
+        return self.direction == "t2i"
+
+    @property
+    def alignments(self) -> int:
+        """How many alignment stages run."""
+        return 1 if self.regulator == "rar" else self.steps
+
+    @property
+    def corrections(self) -> int:
+        """How many RCR stages run."""
+        return {"rar": 0, "rcr": self.steps, "rcar": self.steps - 1}[self.regulator]
+
+    @property
+    def aggregations(self) -> int:
+        """How many RAR stages run."""
+        return 0 if self.regulator == "rcr" else self.steps
+
+    def as_arguments(self) -> tuple[str, str, int, float, float, int, int]:
+        """In the order of the op's schema, where the seed is a tensor and stands before them."""
+        first = self.direction, self.regulator, self.steps, self.temperature, self.dropout
+        return (*first, self.image_offset, self.caption_offset)
+
+
+def check_regulated_options(op: str, options: RegulatedOptions) -> None:
+    """Raise ``ValueError`` on a name that is not known or a number that is not usable."""
+    for name, value, allowed in (
+        ("direction", options.direction, QUERY_DIRECTIONS),
+        ("regulator", options.regulator, REGULATORS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    least = 1 if options.regulator == "rcar" else 0
+    if options.steps < least:
+        raise ValueError(
+            f"{op}: steps must be at least {least} with regulator {options.regulator!r}, got {options.steps}"
+        )
+    if not (math.isfinite(options.temperature) and options.temperature >= 0):
+        raise ValueError(f"{op}: temperature must be a finite number of at least 0, got {options.temperature}")
+    check_dropout(op, options.dropout, options.seed)
+    if options.dropout and options.regulator == "rcr":
+        raise ValueError(f"{op}: dropout is RAR's, regulator 'rcr' has none; got {options.dropout}")
+    for name, offset in (("image_offset", options.image_offset), ("caption_offset", options.caption_offset)):
+        if not 0 <= offset < 2**31:
+            raise ValueError(f"{op}: {name} must be within 0..2^31 - 1, got {offset}")
+
+
+def check_dropout(op: str, dropout: float, seed: int) -> None:
+    """Raise unless ``dropout`` is a probability below 1 and ``seed`` fits 63 bits."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{op}: dropout must be within [0, 1), got {dropout}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{op}: seed must be within 0..2^63 - 1, got {seed}")
+
+
+@dataclass(frozen=True)
+class ReasoningOptions:
+    """Options of ``similarity_reasoning_scores``, checked. ``temperature`` is the published 9."""
+
+    reasoning: str
+    steps: int
+    training: bool
+    eps: float
+    temperature: float = 9.0
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether the statistics of the batch normalise."""
+        return self.reasoning == "SAF" and self.training
+
+    def as_arguments(self) -> tuple[str, int, bool, float]:
+        """In the order of the op's schema."""
+        return self.reasoning, self.steps, self.training, self.eps
+
+
+def check_reasoning_options(op: str, options: ReasoningOptions) -> None:
+    """Raise ``ValueError`` on a number that is not usable."""
+    if options.steps < 0:
+        raise ValueError(f"{op}: steps must be at least 0, got {options.steps}")
+    if not (math.isfinite(options.eps) and options.eps > 0):
+        raise ValueError(f"{op}: eps of batch_norm must be positive, got {options.eps}")
+
+
+def whole(op: str, name: str, value: object) -> int:
+    """``value`` as an int, or ``TypeError``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be a whole number, got {value!r}")
+    return value
