@@ -78,6 +78,78 @@ ITM_LIBRARY(ITM_NAMESPACE, m) {
   m.def(
       "max_similarity_scores_queries_backward(Tensor keys, Tensor key_offsets, Tensor arg_max, Tensor grad_maxima, "
       "bool accumulate, Tensor(a!) grad_queries) -> ()");
+
+  // stages of RCAR and SGRAF on the CPU, between the library products of a chunk: key groups against segments of queries.
+  // products -> attention weights; products -> their gradient, in place
+  m.def(
+      "alignment_attention(Tensor products, Tensor key_counts, Tensor offsets, Tensor? temperatures, "
+      "float temperature, Tensor(a!) weights) -> ()");
+  m.def(
+      "alignment_attention_backward(Tensor(a!) products, Tensor key_counts, Tensor offsets, Tensor? temperatures, "
+      "float temperature, Tensor grad_weights, Tensor(b!) grad_temperatures) -> ()");
+  // (queries - l2norm(attended))^2; the attended vectors -> their gradient, in place
+  m.def("squared_differences(Tensor queries, Tensor attended, Tensor(a!) squares, Tensor(b!) norms) -> ()");
+  m.def(
+      "squared_differences_backward(Tensor queries, Tensor norms, Tensor grad_squares, Tensor(a!) attended, "
+      "Tensor(b!) grad_queries) -> ()");
+  // rows -> l2norm(rows + bias) in place; these -> the gradient of rows, in place. The gradients of biases here and below
+  // are parts [P, width] that the caller sums
+  m.def("normalise_rows(Tensor(a!) rows, Tensor bias, Tensor(b!) norms, Tensor(c!) wide) -> ()");
+  m.def("normalise_rows_backward(Tensor wide, Tensor norms, Tensor grad, Tensor(a!) rows, Tensor(b!) grad_bias) -> ()");
+  // rows -> tanh(rows + bias) in place; their gradient, in place, or made from that of tanh(..) . weight
+  m.def("tanh_rows(Tensor(a!) rows, Tensor bias) -> ()");
+  m.def(
+      "tanh_rows_backward(Tensor rows, Tensor? grad_dots, Tensor? weight, Tensor(a!) grad, Tensor(b!) grad_bias) -> "
+      "()");
+  // RCR: products -> gated queries in place; their gradient -> that of the products, in place
+  m.def(
+      "gate_queries(Tensor queries, Tensor bias, Tensor? before, Tensor(a!) products, Tensor(b!)? tangents, "
+      "Tensor(c!)? gates) -> ()");
+  m.def(
+      "gate_queries_backward(Tensor queries, Tensor? before, Tensor tangents, Tensor(a!) grad_products, "
+      "Tensor(b!)? grad_gates, Tensor(c!) grad_queries, Tensor(d!) grad_bias) -> ()");
+  // RAR: a step of attention over the rows of every pair; weights, keys and asked -> their gradients, in place
+  m.def(
+      "pool_rows(Tensor vectors, Tensor offsets, Tensor group_numbers, Tensor segment_numbers, "
+      "bool groups_are_images, float dropout, int seed, int step, Tensor key_bias, Tensor asked_bias, Tensor value, "
+      "Tensor(a!) keys, Tensor(b!) asked, Tensor(c!) weights, Tensor(d!) pooled, Tensor(e!) norms) -> ()");
+  m.def(
+      "pool_rows_backward(Tensor vectors, Tensor offsets, Tensor group_numbers, Tensor segment_numbers, "
+      "bool groups_are_images, float dropout, int seed, int step, Tensor value, Tensor pooled, Tensor norms, "
+      "Tensor grad_pooled, Tensor(a!) weights, Tensor(b!) keys, Tensor(c!) asked, Tensor(d!) grad_vectors, "
+      "Tensor(e!) grad_key_bias, Tensor(f!) grad_value) -> ()");
+  m.def("mean_of_segments(Tensor vectors, Tensor offsets, Tensor(a!) means) -> ()");
+  m.def("mean_of_segments_backward(Tensor grad_means, Tensor offsets, Tensor(a!) grad_vectors) -> ()");
+  // mean over a segment of the cosine with what its queries attend to, images being Gram matrix times weights; backward:
+  // images -> gradient of the weights, in place
+  m.def(
+      "mean_cosines(Tensor plain, Tensor weights, Tensor images, Tensor query_norms, Tensor offsets, "
+      "Tensor(a!) cosines, Tensor(b!) scores) -> ()");
+  m.def(
+      "mean_cosines_backward(Tensor plain, Tensor weights, Tensor query_norms, Tensor offsets, Tensor grad_scores, "
+      "Tensor(a!) images, Tensor(b!) grad_query_norms, Tensor(c!) grad_plain, Tensor(d!) scaled) -> ()");
+  // squared differences of whole images with whole captions, and back
+  m.def("whole_squares(Tensor images, Tensor captions, Tensor(a!) squares) -> ()");
+  m.def(
+      "whole_squares_backward(Tensor images, Tensor captions, Tensor grad_squares, Tensor(a!) grad_images, "
+      "Tensor(b!) grad_captions) -> ()");
+  // SAF: nodes -> logits -> scores; scores -> two sums a pair and, where they are given, gradients of nodes and parameters
+  m.def("node_logits(Tensor nodes, Tensor weight, float bias, Tensor(a!) logits) -> ()");
+  m.def(
+      "filtrate_nodes(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, float norm_weight, "
+      "float norm_bias, float eps, Tensor score_weight, float score_bias, Tensor(a!) scores) -> ()");
+  m.def(
+      "filtrate_nodes_backward(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, float norm_weight, "
+      "float norm_bias, float eps, Tensor score_weight, float score_bias, Tensor grad_scores, Tensor weight, "
+      "Tensor means, Tensor(a!) slopes, Tensor(b!)? grad_nodes, Tensor(c!)? sums) -> ()");
+  // SGR: what asks -> nodes gathered; what asks -> its gradient, in place. rows -> relu(rows + bias), and back, in place
+  m.def(
+      "graph_attend(Tensor nodes, Tensor offsets, int pairs, Tensor asking, Tensor shift, Tensor(a!) gathered) -> ()");
+  m.def(
+      "graph_attend_backward(Tensor nodes, Tensor offsets, int pairs, Tensor shift, Tensor grad_gathered, "
+      "Tensor(a!) asking, Tensor(b!) grad_nodes, Tensor(c!) grad_shift) -> ()");
+  m.def("relu_rows(Tensor(a!) rows, Tensor bias, Tensor(b!)? wide) -> ()");
+  m.def("relu_rows_backward(Tensor grad, Tensor(a!) rows, Tensor(b!) grad_bias) -> ()");
 }
 
 #ifndef ITM_EMULATED

@@ -1,0 +1,115 @@
+// Attention filtration on the CPU (SGRAF's SAF): the nodes of a chunk of pairs to scores, and back.
+// The chain is itm_kernels/native/cpu/filtration.py, the mathematics stands in the header beside this.
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "../common/capability.h"
+#include "../common/options.h"
+#include "node_rows.h"
+#include "parallel.h"
+#include "row_arguments.h"
+
+namespace itm {
+namespace {
+
+constexpr int64_t kRowGrain = 32;  // rows of a piece: at least some microseconds of work
+constexpr int64_t kPairsOfRun = 4;
+
+struct LogitsCall {
+  int64_t count, width;
+  const float* nodes;
+  const float* weight;  // [width]
+  float bias;
+  float* logits;  // [count]
+};
+
+struct FiltrationCall {
+  NodeRows at;
+  const float* nodes;
+  const float* logits;      // [rows]
+  const float* statistics;  // [2, segments]: mean and biased variance
+  float norm_weight, norm_bias, eps;
+  const float* score_weight;  // [width]
+  float score_bias;
+  float* scores;        // [pairs]; backward: their gradient
+  const float* weight;  // [width], of the logits
+  const float* means;   // [2, segments]: of dy and of dy z over a caption, zero where they have no part
+  float* slopes;        // [pairs, 2]: sums of dy and of dy z
+  float* grad_nodes;    // [rows, width], or null: slopes alone
+  Sums sums;            // of the gradients of weight [width], score_weight [width], bias, score_bias
+};
+
+}  // namespace
+}  // namespace itm
+
+#define ITM_KERNEL_FILE "attention_filtration_kernel.h"
+#include "isa.h"
+
+namespace itm {
+namespace {
+
+FiltrationCall filtration_call(const Tensor& nodes, const Tensor& offsets, const Tensor& logits,
+                               const Tensor& statistics, double norm_weight, double norm_bias, double eps,
+                               const Tensor& score_weight, double score_bias, const Tensor& scores) {
+  FiltrationCall call{};
+  call.at = node_rows(nodes, offsets, scores.numel());
+  call.nodes = elements<float>(nodes, nodes.numel(), "filtrate_nodes: nodes");
+  call.logits = elements<float>(logits, nodes.size(0), "filtrate_nodes: logits");
+  call.statistics = elements<float>(statistics, 2 * call.at.segments, "filtrate_nodes: statistics");
+  call.norm_weight = static_cast<float>(norm_weight);
+  call.norm_bias = static_cast<float>(norm_bias);
+  call.eps = static_cast<float>(eps);
+  call.score_weight = elements<float>(score_weight, call.at.width, "filtrate_nodes: score_weight");
+  call.score_bias = static_cast<float>(score_bias);
+  call.scores = elements<float>(scores, call.at.pairs, "filtrate_nodes: scores");
+  call.sums = {nullptr, (call.at.pairs + kPairsOfRun - 1) / kPairsOfRun, 0};
+  return call;
+}
+
+}  // namespace
+
+void node_logits(Tensor nodes, Tensor weight, double bias, Tensor logits) {
+  LogitsCall call{};
+  call.count = nodes.size(0);
+  call.width = width_of(nodes);
+  call.nodes = elements<float>(nodes, nodes.numel(), "node_logits: nodes");
+  call.weight = elements<float>(weight, call.width, "node_logits: weight");
+  call.bias = static_cast<float>(bias);
+  call.logits = elements<float>(logits, call.count, "node_logits: logits");
+  ITM_DISPATCH(run_logits, call);
+}
+
+void filtrate_nodes(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, double norm_weight,
+                    double norm_bias, double eps, Tensor score_weight, double score_bias, Tensor scores) {
+  const auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, score_weight,
+                                    score_bias, scores);
+  ITM_DISPATCH(run_filtration, call);
+}
+
+void filtrate_nodes_backward(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, double norm_weight,
+                             double norm_bias, double eps, Tensor score_weight, double score_bias, Tensor grad_scores,
+                             Tensor weight, Tensor means, Tensor slopes, MaybeTensor grad_nodes, MaybeTensor sums) {
+  auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, score_weight, score_bias,
+                              grad_scores);
+  call.weight = elements<float>(weight, call.at.width, "filtrate_nodes: weight");
+  call.means = elements<float>(means, 2 * call.at.segments, "filtrate_nodes: means");
+  call.slopes = elements<float>(slopes, 2 * call.at.pairs, "filtrate_nodes: slopes");
+  call.grad_nodes = elements<float>(grad_nodes, nodes.numel(), "filtrate_nodes: grad_nodes");
+  if (grad_nodes.has_value()) {
+    STD_TORCH_CHECK(sums.has_value(), "filtrate_nodes: sums go with grad_nodes");
+    call.sums = sums_of(*sums, 2 * call.at.width + 2, "filtrate_nodes: sums");
+  }
+  ITM_DISPATCH(run_filtration_backward, call);
+}
+
+}  // namespace itm
+
+STABLE_TORCH_LIBRARY_IMPL(itm_kernels_native, CPU, m) {
+  m.impl("node_logits", TORCH_BOX(&itm::node_logits));
+  m.impl("filtrate_nodes", TORCH_BOX(&itm::filtrate_nodes));
+  m.impl("filtrate_nodes_backward", TORCH_BOX(&itm::filtrate_nodes_backward));
+}
