@@ -1,14 +1,12 @@
 """Every option of a run, as frozen dataclasses, and the presets.
 
 The text under a field is its help on the command line. Nothing here needs tyro or torch: a configuration can be made in
-code, checked by `check`, and written to and read from JSON.
+code, checked by `itm_pipeline.checks.check`, and written to and read from JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,35 +14,75 @@ from typing import Any, Literal, TypeVar
 
 from itm_pipeline.errors import UserError
 
+Scorer = Literal["cross_attention", "regulated", "attention_filtration", "similarity_graph"]
+RegionEncoder = Literal["linear", "mlp"]
 Direction = Literal["t2i", "i2t", "both"]
 RawFeatureNorm = Literal["clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "softmax", "no_norm"]
 AggFunc = Literal["LogSumExp", "Mean", "Max", "Sum"]
 Focal = Literal["equal", "prob"]
+Regulator = Literal["rar", "rcr", "rcar"]
 Precision = Literal["fp32", "bf16"]
 Backend = Literal["auto", "native", "triton", "eager", "reference"]
-PresetName = Literal["scan-t2i", "scan-t2i-avg", "scan-i2t", "scan-i2t-avg", "bfan-equal", "bfan-prob"]
+PresetName = Literal[
+    "scan-t2i", "scan-t2i-avg", "scan-i2t", "scan-i2t-avg", "bfan-equal", "bfan-prob",
+    "sgraf-saf", "sgraf-sgr", "rcar-t2i", "rcar-i2t",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The matching model: two encoders and the cross attention between them."""
+    """The matching model: two encoders and the scorer of their pairs."""
 
     embed_dim: int = 1024
     """Joint width D of regions and words."""
     word_dim: int = 300
     """Width of the word embedding."""
+    word_dropout: float = 0.0
+    """Dropout of the word embeddings."""
+    region_encoder: RegionEncoder = "linear"
+    """Regions by one linear map, or by it plus a small network with BatchNorm (mlp), as RCAR has it."""
+    scorer: Scorer = "cross_attention"
+    """cross_attention: SCAN, BFAN. regulated: RCAR. attention_filtration, similarity_graph: SGRAF's SAF and SGR."""
     direction: Direction = "t2i"
-    """What attends: words to regions (t2i), regions to words (i2t), or the sum of both."""
+    """What attends: words to regions (t2i), regions to words (i2t), or the sum of both (cross_attention alone)."""
     raw_feature_norm: RawFeatureNorm = "clipped_l2norm"
-    """Normalisation of the region-word products before the softmax."""
+    """Of cross_attention: normalisation of the region-word products before the softmax."""
     lambda_softmax: float = 9.0
-    """Inverse temperature of the attention."""
+    """Of cross_attention: inverse temperature of the attention."""
     agg_func: AggFunc = "LogSumExp"
-    """How the cosines of a pair become its score."""
+    """Of cross_attention: how the cosines of a pair become its score."""
     lambda_lse: float = 6.0
-    """Inverse temperature of LogSumExp."""
+    """Of cross_attention: inverse temperature of LogSumExp."""
     focal: Focal | None = None
-    """BFAN's second step, which drops weakly attended fragments."""
+    """Of cross_attention: BFAN's second step, which drops weakly attended fragments."""
+    sim_dim: int = 256
+    """Of all scorers but cross_attention: width S of the alignment vectors."""
+    scorer_dropout: float = 0.4
+    """Of all scorers but cross_attention: dropout within the scorer (the regulator rcr has none)."""
+    regulator: Regulator = "rcar"
+    """Of regulated: aggregation alone (rar), correspondence alone (rcr), or both."""
+    regulator_steps: int = 2
+    """Of regulated: how often the regulator acts."""
+    temperature: float | None = None
+    """Of regulated: inverse temperature of the first attention. Default, as published: 10 for t2i, 3 for i2t."""
+    graph_steps: int = 3
+    """Of similarity_graph: steps of reasoning."""
+
+
+SCORER_OPTIONS: dict[Scorer, frozenset[str]] = {
+    "cross_attention": frozenset(
+        {"direction", "raw_feature_norm", "lambda_softmax", "agg_func", "lambda_lse", "focal"}
+    ),
+    "regulated": frozenset({"direction", "sim_dim", "scorer_dropout", "regulator", "regulator_steps", "temperature"}),
+    "attention_filtration": frozenset({"sim_dim", "scorer_dropout"}),
+    "similarity_graph": frozenset({"sim_dim", "scorer_dropout", "graph_steps"}),
+}
+"""Fields of `ModelConfig` that a scorer takes. The encoders' options apply to all."""
+
+
+def sgraf(model: ModelConfig) -> bool:
+    """Whether the scorer is one of SGRAF's, which learn something for each place among an image's regions."""
+    return model.scorer in ("attention_filtration", "similarity_graph")
 
 
 @dataclass(frozen=True)
@@ -75,8 +113,14 @@ class TrainConfig:
     """Passes over the captions."""
     batch_size: int = 128
     """Captions in a batch, each with its image."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch where it is not full."""
+    augment_captions: float = 0.0
+    """Share of a training caption's words that change: half are masked, a tenth replaced, the others left out."""
     lr: float = 2e-4
     """Learning rate of Adam."""
+    weight_decay: float = 0.0
+    """Weight decay apart from the gradient, which makes Adam AdamW."""
     lr_update: int = 15
     """The learning rate is multiplied by 0.1 every so many epochs."""
     warmup_epochs: int = 1
@@ -124,10 +168,28 @@ class Preset:
     epochs: int = 30
     lr: float = 2e-4
     lr_update: int = 15
+    warmup_epochs: int = 1
+    weight_decay: float = 0.0
+    drop_last: bool = False
+    augment_captions: float = 0.0
 
 
 def _bfan(focal: Focal) -> ModelConfig:
     return ModelConfig(direction="both", lambda_softmax=20.0, agg_func="Mean", focal=focal)
+
+
+def _rcar(summary: str, direction: Direction) -> Preset:
+    return Preset(
+        summary,
+        ModelConfig(word_dropout=0.4, region_encoder="mlp", scorer="regulated", direction=direction),
+        epochs=40,
+        lr=5e-4,
+        lr_update=30,
+        warmup_epochs=3,
+        weight_decay=0.01,
+        drop_last=True,
+        augment_captions=0.2,
+    )
 
 
 PRESETS: dict[PresetName, Preset] = {
@@ -141,6 +203,19 @@ PRESETS: dict[PresetName, Preset] = {
     ),
     "bfan-equal": Preset("BFAN, both ways, fragments above the mean", _bfan("equal"), epochs=15),
     "bfan-prob": Preset("BFAN, both ways, fragments by probability", _bfan("prob"), epochs=15),
+    "sgraf-saf": Preset(
+        "SGRAF, similarity attention filtration",
+        ModelConfig(word_dropout=0.4, scorer="attention_filtration"),
+        lr_update=20,
+    ),
+    "sgraf-sgr": Preset(
+        "SGRAF, similarity graph reasoning",
+        ModelConfig(word_dropout=0.4, scorer="similarity_graph"),
+        epochs=40,
+        lr_update=30,
+    ),
+    "rcar-t2i": _rcar("RCAR, words attend to regions, two steps of both regulators", "t2i"),
+    "rcar-i2t": _rcar("RCAR, regions attend to words, two steps of both regulators", "i2t"),
 }
 
 
@@ -167,80 +242,9 @@ def from_preset(name: PresetName, data: Path, **changes: Any) -> TrainConfig:
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    base = TrainConfig(
-        dataset=DataConfig(data=data),
-        model=preset.model,
-        preset=name,
-        epochs=preset.epochs,
-        lr=preset.lr,
-        lr_update=preset.lr_update,
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse values that cannot work, before anything is read or written.
-
-    Raises
-    ------
-    UserError
-        One sentence that names the option, what it must be and what was given.
-    """
-    whole = {
-        "--embed-dim": (config.model.embed_dim, 1),
-        "--word-dim": (config.model.word_dim, 1),
-        "--min-count": (config.dataset.min_count, 1),
-        "--epochs": (config.epochs, 1),
-        "--lr-update": (config.lr_update, 1),
-        "--warmup-epochs": (config.warmup_epochs, 0),
-        "--workspace-mib": (config.workspace_mib, 1),
-        "--eval-block-mib": (config.eval_block_mib, 1),
-        "--threads": (config.threads, 0),
-        "--checkpoint-every": (config.checkpoint_every, 0),
-        "--log-every": (config.log_every, 1),
-        "--seed": (config.seed, 0),
-    }
-    for option, (value, least) in whole.items():
-        if value < least:
-            raise UserError(f"{option} must be at least {least}, got {value}")
-    if config.batch_size < 2:
-        raise UserError(
-            f"--batch-size must be at least 2, got {config.batch_size}: a hinge loss compares with another caption"
-        )
-    positive = {
-        "--lr": config.lr,
-        "--margin": config.margin,
-        "--grad-clip": config.grad_clip,
-        "--lambda-softmax": config.model.lambda_softmax,
-        "--lambda-lse": config.model.lambda_lse,
-    }
-    for option, number in positive.items():
-        if not (math.isfinite(number) and number > 0):
-            raise UserError(f"{option} must be a positive number, got {number}")
-    _check_choices(config)
-
-
-def _check_choices(config: TrainConfig) -> None:
-    """Configurations made in code bypass the parser, so the closed sets are checked here as well."""
-    for owner in (config, config.model):
-        for name, hint in typing.get_type_hints(type(owner)).items():
-            allowed = _choices(hint)
-            value = getattr(owner, name)
-            if allowed and value not in allowed:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values of a Literal, or of a Literal | None; nothing for other types."""
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        parts = typing.get_args(hint)
-        values = [value for part in parts for value in _choices(part)]
-        return (*values, None) if values and type(None) in parts else ()
-    return ()
+    settings = {item.name: getattr(PRESETS[name], item.name) for item in dataclasses.fields(Preset)}
+    del settings["summary"]
+    return TrainConfig(**{"dataset": DataConfig(data=data), "preset": name, **settings, **changes})
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -87,7 +87,8 @@ def score_matrix(
     Raises
     ------
     UserError
-        The features have another width than those the model was trained on.
+        The features have another width than those the model was trained on, or images another number of regions
+        than the one that the model can score.
     """
     place = torch.device(device) if device is not None else next(model.parameters()).device
     _, regions, width = split.features.shape
@@ -95,6 +96,11 @@ def score_matrix(
         raise UserError(
             f"{split.folder}: {split.split}_ims.npy has features of width {width}, the model was trained on width "
             f"{model.feature_dim}; give features of the extractor that it was trained with"
+        )
+    if model.region_slots not in (None, regions):
+        raise UserError(
+            f"{split.folder}: {split.split}_ims.npy has {regions} regions an image, the model was trained on "
+            f"{model.region_slots} and knows each by its place; give features of as many regions"
         )
     model.to(place).eval()
     embed_dim = model.config.embed_dim

@@ -174,3 +174,27 @@ def test_indices_outside_the_split_are_refused(split: PrecompSplit) -> None:
     for bad in ([], [[0, 1]]):
         with pytest.raises(ValueError, match=r"indices must be \[B\]"):
             make_batch(split, vocabulary, bad)  # type: ignore[arg-type]
+
+
+def test_captions_are_edited_and_sorted_together_with_what_belongs_to_them(split: PrecompSplit) -> None:
+    vocabulary = Vocabulary.build(CAPTIONS, 1)
+    asked = [3, 8, 0, 7, 1]
+    plain = make_batch(split, vocabulary, asked)
+
+    def edit(caption: int, ids: list[int]) -> list[int]:
+        return [*ids[:-1], *[4] * (caption % 3), ids[-1]]
+
+    batch = make_batch(split, vocabulary, asked, edit=edit, longest_first=True)
+    # Words of captions 3, 8, 0, 7, 1 with both ends, and what the edit adds: 3+0, 6+2, 4+0, 4+1, 5+1.
+    assert batch.caption_index.tolist() == [8, 1, 7, 0, 3]
+    assert batch.word_counts == [8, 6, 5, 4, 3]
+    for row, caption in enumerate(batch.caption_index.tolist()):
+        ids = batch.tokens[row, : batch.word_counts[row]].tolist()
+        assert ids == edit(caption, vocabulary.encode(CAPTIONS[caption]))
+        assert batch.tokens[row, batch.word_counts[row] :].sum() == 0
+        was = asked.index(caption)
+        assert torch.equal(batch.features[row], plain.features[was])
+        assert batch.image_index[row] == plain.image_index[was]
+    # Equally long ones keep their order.
+    same = make_batch(split, vocabulary, [7, 0, 2], longest_first=True)
+    assert same.caption_index.tolist() == [7, 0, 2]

@@ -13,15 +13,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from itm_pipeline.config import (
-    PRESETS,
-    ModelConfig,
-    TrainConfig,
-    check,
-    from_json,
-    from_preset,
-    to_json,
-)
+from itm_pipeline.checks import check
+from itm_pipeline.config import PRESETS, ModelConfig, TrainConfig, from_json, from_preset, to_json
 from itm_pipeline.errors import UserError
 from itm_pipeline.runs import open_run
 from itm_pipeline.runs.checkpoint import read_checkpoint, write_checkpoint

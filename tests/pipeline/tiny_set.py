@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from itm_pipeline.config import DataConfig, ModelConfig, TrainConfig
+from itm_pipeline.config import DataConfig, ModelConfig, PresetName, TrainConfig, from_preset
 
 WORDS = [f"{first}{last}" for first in "bdfglmnprt" for last in ("ato", "eki", "usa")]
 REGIONS, WIDTH = 6, 16
@@ -51,3 +52,16 @@ def tiny_config(data: Path, run: Path, **changes: object) -> TrainConfig:
         **changes,
     }
     return TrainConfig(**values)  # type: ignore[arg-type]
+
+
+def tiny_preset(name: PresetName, data: Path, run: Path, **changes: object) -> TrainConfig:
+    """`tiny_config` with what a preset of SGRAF or RCAR has of its own, its model small."""
+    preset = from_preset(name, data)
+    own: dict[str, object] = {
+        "preset": name,
+        "model": dataclasses.replace(preset.model, embed_dim=32, word_dim=16, sim_dim=16),
+        "weight_decay": preset.weight_decay,
+        "drop_last": preset.drop_last,
+        "augment_captions": preset.augment_captions,
+    }
+    return tiny_config(data, run, **{**own, **changes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,15 @@ class CaptionSampler:
         self.current_epoch, self.next_batch = state["epoch"], state["next_batch"]
 
 
-def make_batch(split: PrecompSplit, vocabulary: Vocabulary, indices: Sequence[int] | Indices) -> Batch:
-    """Gather captions ``indices`` and their images; the given order is kept.
+def make_batch(
+    split: PrecompSplit,
+    vocabulary: Vocabulary,
+    indices: Sequence[int] | Indices,
+    *,
+    edit: Callable[[int, list[int]], list[int]] | None = None,
+    longest_first: bool = False,
+) -> Batch:
+    """Gather captions ``indices`` and their images.
 
     Parameters
     ----------
@@ -147,6 +154,10 @@ def make_batch(split: PrecompSplit, vocabulary: Vocabulary, indices: Sequence[in
         Where the captions and features come from, and the ids of their words.
     indices
         ``[B]`` caption indices, ``B >= 1``, repeats allowed.
+    edit
+        What becomes of the ids of a caption: called with its index and its ids, gives at least one id.
+    longest_first
+        Sort by the number of words, longest first, equal ones as given. By default the given order is kept.
 
     Raises
     ------
@@ -159,6 +170,11 @@ def make_batch(split: PrecompSplit, vocabulary: Vocabulary, indices: Sequence[in
     if captions.min() < 0 or captions.max() >= split.num_captions:
         raise IndexError(f"caption {captions.min()} or {captions.max()} lies outside 0 to {split.num_captions - 1}")
     encoded = [vocabulary.encode(split.captions[index]) for index in captions]
+    if edit is not None:
+        encoded = [edit(int(index), ids) for index, ids in zip(captions, encoded, strict=True)]
+    if longest_first:
+        order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+        captions, encoded = captions[order], [encoded[row] for row in order]
     word_counts = [len(ids) for ids in encoded]
     tokens = torch.zeros(len(encoded), max(word_counts), dtype=torch.int64)
     for row, ids in enumerate(encoded):

@@ -15,6 +15,8 @@ from ..errors import UserError
 from .tokenizer import tokenize
 
 PAD, START, END, UNK = "<pad>", "<start>", "<end>", "<unk>"
+MASK = "<mask>"
+"""What stands for a hidden word, in vocabularies of models that train on such captions."""
 SPECIAL_WORDS = (PAD, START, END, UNK)
 """The first four words of every vocabulary of the SCAN family, ids 0 to 3."""
 
@@ -110,6 +112,14 @@ class Vocabulary:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def with_mask(self) -> Vocabulary:
+        """This vocabulary, with `<mask>` behind its last word unless it has one already."""
+        return self if MASK in self else Vocabulary([*self.words, MASK])
+
+    def id_of(self, word: str) -> int:
+        """Id of a word that the vocabulary holds; `KeyError` for others."""
+        return self._ids[word]
 
     def tokens(self, caption: str) -> list[str]:
         """Tokens of ``caption`` between ``<start>`` and ``<end>``, one for each id of :meth:`encode`.

@@ -48,8 +48,11 @@ def word_attention(
 ) -> Tensor:  # [W, R], rows sum to 1
     """How much every word attends to every region of its image.
 
-    Models that attend the other way only (i2t) have no such weights; `ValueError` then.
+    `ValueError` for models that attend the other way only (i2t), which have no such weights, and for other scorers
+    than cross attention, whose weights are not drawn yet.
     """
+    if config.scorer != "cross_attention":
+        raise ValueError(f"word_attention: the weights of the scorer {config.scorer!r} are not drawn yet")
     if config.direction == "i2t":
         raise ValueError(
             "word_attention: an i2t model attends from regions to words, it has no weights of words over regions"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from itm_kernels.nn import CrossAttentionScorer
-from itm_pipeline.config import Backend, ModelConfig
+from itm_pipeline.config import Backend, ModelConfig, sgraf
 from itm_pipeline.models.encoders import ImageEncoder, TextEncoder
+from itm_pipeline.models.scorers import make_scorer
 
 WordCounts = Sequence[int] | Tensor
 
@@ -19,11 +19,13 @@ class MatchingModel(nn.Module):
     Parameters
     ----------
     config
-        Widths and the options of the cross attention.
+        Widths, and the options of encoders and scorer.
     feature_dim
         Width F of the stored region features.
     vocab_size
         Number of words of the vocabulary.
+    num_regions
+        Regions R of an image. SGRAF's scorers score images of so many alone, the others images of any number.
     workspace_bytes
         Bound on the memory that the scores work in.
     backend
@@ -31,8 +33,10 @@ class MatchingModel(nn.Module):
 
     Attributes
     ----------
-    img_enc, txt_enc
-        The encoders; their state dicts have the published names.
+    img_enc, txt_enc, sim_enc
+        Encoders and scorer; their state dicts have the published names. SCAN's and BFAN's scorer has no parameters.
+    region_slots
+        The one number of regions that the model can score, or None where any will do.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class MatchingModel(nn.Module):
         feature_dim: int,
         vocab_size: int,
         *,
+        num_regions: int = 36,
         workspace_bytes: int = 256 * 2**20,
         backend: Backend = "auto",
     ) -> None:
@@ -48,18 +53,16 @@ class MatchingModel(nn.Module):
         self.config = config
         self.feature_dim = feature_dim
         self.vocab_size = vocab_size
-        self.img_enc = ImageEncoder(feature_dim, config.embed_dim)
-        self.txt_enc = TextEncoder(vocab_size, config.word_dim, config.embed_dim)
-        self.scorer = CrossAttentionScorer(
-            direction=config.direction,
-            raw_feature_norm=config.raw_feature_norm,
-            lambda_softmax=config.lambda_softmax,
-            agg_func=config.agg_func,
-            lambda_lse=config.lambda_lse,
-            focal=config.focal,
-            workspace_bytes=workspace_bytes,
-            backend=None if backend == "auto" else backend,
+        self.region_slots = num_regions if sgraf(config) else None
+        self.img_enc = ImageEncoder(feature_dim, config.embed_dim, mlp=config.region_encoder == "mlp")
+        self.txt_enc = TextEncoder(
+            vocab_size,
+            config.word_dim,
+            config.embed_dim,
+            dropout=config.word_dropout,
+            gru_name="cap_rnn" if sgraf(config) else "rnn",
         )
+        self.sim_enc = make_scorer(config, num_regions, workspace_bytes, backend)
 
     def encode_images(
         self,
@@ -85,7 +88,7 @@ class MatchingModel(nn.Module):
         word_counts: WordCounts,  # [C]
     ) -> Tensor:  # [I, C]
         """Similarity of every image and every caption."""
-        scores: Tensor = self.scorer(regions, words, word_counts)
+        scores: Tensor = self.sim_enc(regions, words, word_counts)
         return scores
 
     def forward(

@@ -34,6 +34,8 @@ class Facts:
     """Fingerprint of the training split."""
     dev: str
     """Fingerprint of the validation split."""
+    num_regions: int = 36
+    """Regions of an image. The first runs did not note it; no model of theirs asks."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def build_model(config: TrainConfig, facts: Facts) -> MatchingModel:
         config.model,
         facts.feature_dim,
         facts.vocab_size,
+        num_regions=facts.num_regions,
         workspace_bytes=config.workspace_mib * 2**20,
         backend=config.backend,
     )

@@ -1,4 +1,4 @@
-"""The training loop: hinge loss, Adam, evaluation after every epoch, and a state that can stop anywhere."""
+"""The training loop: hinge loss, AdamW, evaluation after every epoch, and a state that can stop anywhere."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from itm_kernels import triplet_loss
-from itm_pipeline.config import TrainConfig, check
-from itm_pipeline.data import Batch, CaptionSampler
+from itm_pipeline.checks import check
+from itm_pipeline.config import TrainConfig
+from itm_pipeline.data import Batch, CaptionAugmentation, CaptionSampler
 from itm_pipeline.environment import environment
 from itm_pipeline.errors import UserError
 from itm_pipeline.evaluate import score_matrix
@@ -113,8 +114,18 @@ class Trainer:
         self.config = session.folder.config
         self.device = device
         self.model = build_model(self.config, session.folder.facts).to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.config.lr)
-        self.sampler = CaptionSampler(session.train.num_captions, self.config.batch_size, self.config.seed)
+        # Without weight decay AdamW is Adam, to the bit.
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
+        )
+        self.sampler = CaptionSampler(
+            session.train.num_captions, self.config.batch_size, self.config.seed, self.config.drop_last
+        )
+        self.augmentation = (
+            CaptionAugmentation(session.vocabulary, self.config.augment_captions, self.config.seed)
+            if self.config.augment_captions
+            else None
+        )
         self.collapse = CollapseDetector(self.config.margin)
         self.progress = Progress()
         self.recent = Window()
@@ -188,7 +199,18 @@ class Trainer:
         self.model.train()
         self.display.begin_epoch(p.epoch, p.batch)
         began = time.perf_counter()
-        for batch in batches(self.session.train, self.session.vocabulary, self.sampler, p.epoch, p.batch):
+        feed = batches(
+            self.session.train,
+            self.session.vocabulary,
+            self.sampler,
+            p.epoch,
+            p.batch,
+            augmentation=self.augmentation,
+            # SAF's running statistics take in one caption after the other, and the last weigh most; as published, the
+            # last are the shortest.
+            longest_first=self.config.model.scorer == "attention_filtration",
+        )
+        for batch in feed:
             self._step(batch, hardest)
             p.batch += 1
             p.step += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from itm_pipeline.config import RESUMABLE, TrainConfig, flat
+from itm_pipeline.config import RESUMABLE, TrainConfig, flat, sgraf
 from itm_pipeline.data import PrecompSplit, Vocabulary
 from itm_pipeline.errors import UserError
 from itm_pipeline.runs.folder import Facts, RunFolder, free_name, open_run
@@ -36,12 +36,15 @@ def new_session(config: TrainConfig) -> Session:
         vocabulary = Vocabulary.load(config.dataset.vocab)
     else:
         vocabulary = Vocabulary.build([*train.captions, *dev.captions], config.dataset.min_count)
+    if config.augment_captions:
+        vocabulary = vocabulary.with_mask()
     facts = Facts(
         feature_dim=int(train.features.shape[2]),
         vocab_size=len(vocabulary),
         vocabulary=vocabulary.fingerprint(),
         train=fingerprint(train),
         dev=fingerprint(dev),
+        num_regions=int(train.features.shape[1]),
     )
     return Session(RunFolder(path, dataclasses.replace(config, run=path), facts), train, dev, vocabulary)
 
@@ -83,4 +86,26 @@ def _open_splits(config: TrainConfig) -> tuple[PrecompSplit, PrecompSplit]:
             f"{config.dataset.data}: train_ims.npy has features of width {train.features.shape[2]} and dev_ims.npy of "
             f"{dev.features.shape[2]}; both must come from the same extractor"
         )
+    if sgraf(config.model) and train.features.shape[1] != dev.features.shape[1]:
+        raise UserError(
+            f"{config.dataset.data}: train_ims.npy has {train.features.shape[1]} regions an image and dev_ims.npy "
+            f"{dev.features.shape[1]}; --scorer {config.model.scorer} knows each by its place and needs as many in both"
+        )
+    _check_batches(config, train)
     return train, dev
+
+
+def _check_batches(config: TrainConfig, train: PrecompSplit) -> None:
+    """Refuse an epoch without batches, or with a batch that a BatchNorm has no statistics of."""
+    captions, last = train.num_captions, train.num_captions % config.batch_size
+    if config.drop_last and captions < config.batch_size:
+        raise UserError(
+            f"--drop-last with --batch-size {config.batch_size} leaves no batch of {captions} captions: "
+            "make the batch smaller, or give --no-drop-last"
+        )
+    rows = 1 if sgraf(config.model) else train.features.shape[1] if config.model.region_encoder == "mlp" else None
+    if last == 1 and rows == 1 and not config.drop_last:
+        raise UserError(
+            f"--batch-size {config.batch_size} leaves one of the {captions} captions to the last batch, and BatchNorm "
+            "needs two: give --drop-last, or another batch size"
+        )
