@@ -16,7 +16,12 @@ from benchmarks.cases import Case
 from benchmarks.contender import Contender
 from benchmarks.parity import Part, Tolerance
 
-OPS = ("cross_attention_scores", "max_similarity_scores")
+OPS = (
+    "cross_attention_scores",
+    "max_similarity_scores",
+    "regulated_scores",
+    "similarity_reasoning_scores",
+)
 
 
 class Workload(Protocol):

@@ -11,11 +11,12 @@ the op itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from gates_of_ratios import THREADS, report, sentence, take_turns
 
 from benchmarks import machine, measure, memory, ops
 from benchmarks.cases import CASES
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # plain pytest skips these gates and may lack the plugin
 
 OP = "cross_attention_scores"
 CPU = torch.device("cpu")
-THREADS = 2
 MOST_RHO = {FORWARD: 2.0, BOTH: 2.0}
 LEAST_SPEEDUP_VS_LOOP = 5.0
 LEAST_SPEEDUP_OF_BFLOAT16 = 1.3
@@ -60,23 +60,6 @@ def make() -> Make:
         return contenders[key]
 
     return get
-
-
-def take_turns(calls: Mapping[str, measure.Call], rounds: int) -> dict[str, list[float]]:
-    torch.set_num_threads(THREADS)
-    for call in calls.values():
-        call()
-    return measure.interleave(calls, rounds, measure.CpuTimer())
-
-
-def report(benchmark: BenchmarkFixture, call: measure.Call, times: list[float], **seen: float) -> None:
-    """Hand the op's own time to pytest-benchmark, and what the gate saw."""
-    benchmark.extra_info.update(seen, threads=THREADS, interleaved_median_ms=measure.summarize(times).median)
-    benchmark.pedantic(call, rounds=5)
-
-
-def sentence(name: str, ratio: measure.Summary, gate: str) -> str:
-    return f"{name} is {ratio.median:.2f} (rounds from {ratio.p20:.2f} to {ratio.p80:.2f}), the gate is {gate}"
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -1,0 +1,133 @@
+"""What the ops with parameters share: inputs, the definition's truth, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.chain import Product, bare_chain
+from benchmarks.contender import FORWARD, PRODUCT, Contender, differentiable
+from benchmarks.parity import Part, Tolerance
+from itm_kernels import caption_layout, why_not
+from itm_kernels.backends import use_backend
+
+METHODS = (PRODUCT, "reference", "eager", "native", "triton")
+SIMILARITY_WIDTH = 256
+MOST_OF_LOOP = 128
+"""Images and captions; beyond, the loop keeps tens of GiB for its backward."""
+PARITY_IMAGES, PARITY_CAPTIONS = 8, 32
+"""So many are scored in float64: the first images with the first captions, which are the longest."""
+
+
+class ModelWorkload:
+    """Inputs and methods of one batch of one model.
+
+    Vectors of length 1, random, with a direction that all share and one for each image and its caption, so that
+    attention has something to find. Parameters as the module of ``itm_kernels.nn`` draws them, twice as large: fresh
+    modules score every pair near 0.5.
+    """
+
+    op: str
+
+    def __init__(
+        self, case: Case, direction: str, dtype: torch.dtype, device: torch.device, tolerance: Tolerance
+    ) -> None:
+        self.case, self.direction, self.dtype, self.device = case, direction, dtype, device
+        self.word_counts = case.word_counts
+        self.num_words = sum(self.word_counts)
+        self.tolerance = tolerance
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        shared, topics = normal(1, 1, case.width), normal(max(case.images, case.captions), 1, case.width)
+        longest = max(self.word_counts)
+        valid = (torch.arange(longest) < torch.tensor(self.word_counts)[:, None]).to(device)
+
+        def vectors(groups: int, members: int) -> Tensor:  # [groups, members, D]
+            own = normal(groups, members, case.width)
+            return F.normalize(own.mul_(1.5).add_(shared).add_(topics[:groups]), dim=-1).to(dtype)
+
+        regions = vectors(case.images, case.regions)
+        words = vectors(case.captions, longest) * valid[..., None]
+        torch.manual_seed(0)
+        self.module = self.make().to(device)
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.mul_(2)
+        self.module.eval()
+        extras = self.extra_inputs(regions.detach(), words.detach())
+        parameters = [p.detach().to(dtype).requires_grad_() for p in self.flat_parameters()]
+        self.leaves = tuple(t.detach().requires_grad_() for t in (regions, words, *extras)) + tuple(parameters)
+        self.inputs = 2 + len(extras)
+        self.grad_scores = normal(case.images, case.captions)
+
+    def make(self) -> torch.nn.Module:
+        """The module whose parameters are taken."""
+        raise NotImplementedError
+
+    def flat_parameters(self) -> list[Tensor]:
+        """Its parameters as the op takes them, those that are there."""
+        raise NotImplementedError
+
+    def extra_inputs(self, regions: Tensor, words: Tensor) -> list[Tensor]:
+        """What the op takes beside regions and words."""
+        return []
+
+    def scores(self, inputs: Sequence[Tensor], word_counts: Any, parameters: Sequence[Tensor]) -> Tensor:
+        """The op."""
+        raise NotImplementedError
+
+    def products(self) -> list[Product]:
+        """The products of the forward, packed."""
+        raise NotImplementedError
+
+    def flops(self, phase: str) -> int:
+        forward = sum(product.flops for product in self.products())
+        return forward if phase == FORWARD else 3 * forward
+
+    def contender(self, method: str) -> Contender | str:
+        if method == PRODUCT:
+            return bare_chain(self.products(), self.dtype, self.device)
+        if method == "reference" and max(self.case.images, self.case.captions) > MOST_OF_LOOP:
+            return f"the loop is not run beyond {MOST_OF_LOOP} images and captions: it keeps everything it makes"
+        reason = why_not(method, self.op, self.device, self.dtype)
+        return reason or differentiable(method, method, self._op(method), self.leaves, self.grad_scores, {})
+
+    def _op(self, backend: str) -> Callable[..., Tensor]:
+        layout = caption_layout(self.word_counts, self.device)
+
+        def scores(*leaves: Tensor) -> Tensor:
+            with use_backend(backend):
+                return self.scores(leaves[: self.inputs], layout, leaves[self.inputs :])
+
+        return scores
+
+    @cached_property
+    def _truth(self) -> list[Part]:
+        """Of some pairs; the gradients of these alone where they are all there is."""
+        images, captions = min(self.case.images, PARITY_IMAGES), min(self.case.captions, PARITY_CAPTIONS)
+        whole = (images, captions) == (self.case.images, self.case.captions)
+        leaves = [leaf.detach().double() for leaf in self.leaves]
+        cut = [leaf[: captions if i % 2 else images] for i, leaf in enumerate(leaves[: self.inputs])]
+        leaves = [leaf.requires_grad_(whole) for leaf in (*cut, *leaves[self.inputs :])]
+        with use_backend("reference"), torch.set_grad_enabled(whole):
+            scores = self.scores(leaves[: self.inputs], self.word_counts[:captions], leaves[self.inputs :])
+        parts = [Part("scores of some pairs", 0, (slice(images), slice(captions)), scores.detach())]
+        if whole:
+            grads = torch.autograd.grad(scores, leaves, self.grad_scores.double())
+            names = ["gradients of regions", "gradients of words"]
+            parts += [Part(name, i + 1, slice(None), grads[i]) for i, name in enumerate(names)]
+            largest = max(range(self.inputs, len(leaves)), key=lambda i: leaves[i].numel())
+            parts.append(Part("gradients of the largest parameter", largest + 1, slice(None), grads[largest]))
+        return parts
+
+    def truth(self) -> Sequence[Part]:
+        return self._truth
