@@ -25,4 +25,4 @@ def interprets() -> bool:
     """Whether the kernels were decorated under ``TRITON_INTERPRET=1`` and so run on the CPU, in Python."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     kernels = importlib.import_module(f"{__name__}.kernels.gram")
-    return isinstance(kernels.gram, interpreter.InterpretedFunction)
+    return isinstance(kernels.add_gradients, interpreter.InterpretedFunction)

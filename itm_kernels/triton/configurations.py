@@ -45,12 +45,12 @@ class Table:
                 return Configuration(bucket["block_q"], bucket["num_warps"], bucket["num_stages"])
         return None
 
-    def lookup(self, kernel: str, keys: int, element_bytes: int) -> Configuration:
-        """The same, where there must be one."""
-        found = self.find(kernel, keys, element_bytes)
-        if found is None:
-            raise ValueError(f"{self.arch}.json: {kernel} has no bucket for {keys} keys of {element_bytes} bytes")
-        return found
+    def largest(self, kernel: str, element_bytes: int) -> int:
+        """The most key columns that ``kernel`` holds."""
+        held = [bucket["keys"] for bucket in self.buckets[kernel] if element_bytes <= bucket["element_bytes"]]
+        if not held:
+            raise ValueError(f"{self.arch}.json: {kernel} has no bucket for elements of {element_bytes} bytes")
+        return max(held)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ Per block of images x captions: ``S`` by torch's library product, then kernels t
 (``kernels/``); where the plan says ``triton-fused``, one kernel with ``S`` on the chip. The backward makes ``S`` again,
 turns it into ``dS``, and library products finish:
 
-    dV += dS T           dT += dS^T V          dK += (dG + dG^T) K  (Gram matrices of the keys, both directions)
+    dV += dS^T T         dT += dS V          dK += (dG + dG^T) K  (Gram matrices of the keys, both directions)
 
 Caption blocks are the outer loop. Nothing of size [I, C, W, D] exists; sums run in one order, without atomics; all on
 the current stream, without waiting for it.
@@ -12,6 +12,7 @@ the current stream, without waiting for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor
 
 from itm_kernels.ops.options import ScoreOptions
-from itm_kernels.triton import interprets, load_error, tiles
+from itm_kernels.triton import interprets, load_error, rows, tiles
 from itm_kernels.triton.configurations import arch_of, table
-from itm_kernels.triton.rows import Block, Side
+from itm_kernels.triton.rows import Side
 
 if TYPE_CHECKING:  # imports Triton, which may be missing until a kernel is asked for
-    from itm_kernels.triton.epilogue import Attention, Launch
+    from itm_kernels.triton.epilogue import Known, Launch
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -64,22 +65,9 @@ def forward(
     with _on(regions.device):
         batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, word_offsets, False)
         scores = regions.new_empty(regions.shape[0], word_counts.shape[0], dtype=torch.float32)
-        for c0, c1 in batch.plan.caption_blocks:
-            captions = batch.prepare(batch.captions.block(c0, c1), keys=options.i2t, queries=options.t2i)
-            starts = batch.tile_starts(captions, c0, c1)
-            for i0, i1 in batch.plan.image_blocks:
-                images = batch.prepare(batch.images.block(i0, i1), keys=options.t2i, queries=options.i2t)
-                out = scores[i0:i1, c0:c1]
-                if starts is not None:
-                    batch.fused(images, captions, starts, out)
-                    continue
-                products = batch.products(images, captions)
-                if options.t2i:
-                    batch.t2i(images, captions, products).aggregate(out, accumulate=False)
-                if options.i2t:
-                    batch.i2t(images, captions, products).aggregate(out.t(), accumulate=options.t2i)
-                del images  # before the next block's rows are made, not after
-            del captions
+        for c0, c1, i0, i1, images, captions in batch.blocks():
+            batch.score(images, captions, (c0, c1), scores[i0:i1, c0:c1])
+            del images, captions  # before the next block's rows are made, not after
         return scores
 
 
@@ -98,31 +86,10 @@ def backward(
     with _on(regions.device):
         batch = _Batch(regions, words, word_counts, region_counts, options, workspace_bytes, word_offsets, True)
         grad_regions, grad_words = batch.images.gradient(), batch.captions.gradient()
-        for c0, c1 in batch.plan.caption_blocks:
-            captions = batch.prepare(batch.captions.block(c0, c1), keys=options.i2t, queries=options.t2i)
-            of_captions = batch.captions.view_of(grad_words, c0, c1)
-            direct = of_captions is not None
-            if of_captions is None:
-                of_captions = torch.zeros_like(captions.block.rows, dtype=torch.float32)
-            for i0, i1 in batch.plan.image_blocks:
-                images = batch.prepare(batch.images.block(i0, i1), keys=options.t2i, queries=options.i2t)
-                grad_products = batch.backward_block(images, captions, grad_scores[i0:i1, c0:c1])
-                of_images = batch.images.view_of(grad_regions, i0, i1)
-                if of_images is None:
-                    rows = torch.zeros_like(images.block.rows, dtype=torch.float32)
-                    _add_product(rows, grad_products.t(), captions.block.rows)
-                    images.add_own_gradient(rows, batch.launch.precision)
-                    batch.images.add(grad_regions, i0, images.block, rows)
-                    del rows
-                else:
-                    _add_product(of_images, grad_products.t(), captions.block.rows)
-                    images.add_own_gradient(of_images, batch.launch.precision)
-                _add_product(of_captions, grad_products, images.block.rows)
-                captions.add_own_gradient(of_captions, batch.launch.precision)
-                del images, of_images
-            if not direct:
-                batch.captions.add(grad_words, c0, captions.block, of_captions)
-            del captions, of_captions
+        for c0, c1, i0, i1, images, captions in batch.blocks():
+            into = batch.images.rows_of(grad_regions, i0), batch.captions.rows_of(grad_words, c0)
+            batch.differentiate(images, captions, grad_scores[i0:i1, c0:c1], *into)
+            del images, captions, into
         return grad_regions.to(regions.dtype), grad_words.to(words.dtype)
 
 
@@ -131,29 +98,13 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left @ right`` in float32, whatever the operands are."""
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``left @ right`` in float32, whatever the operands are; in ``out`` where the library can."""
     if left.dtype == torch.float32:
-        out.addmm_(left, right)
-    elif left.device.type == "cuda":
-        out.add_(torch.mm(left, right, out_dtype=torch.float32))
-    else:
-        out.addmm_(left.float(), right.float())
-
-
-class _Rows:
-    """A block with what a direction needs of it as keys (Gram matrices) or queries (norms), and their gradients."""
-
-    def __init__(self, block: Block, gram: Tensor | None, norms: Tensor | None) -> None:
-        self.block, self.gram, self.norms = block, gram, norms
-        self.grad_gram: Tensor | None = None
-        self.own: Tensor | None = None
-
-    def add_own_gradient(self, gradient: Tensor, precision: str) -> None:  # [n, D]
-        from itm_kernels.triton import epilogue
-
-        epilogue.add_own_gradient(self.block, self.grad_gram, self.own, gradient, precision)
-        self.grad_gram = self.own = None
+        return torch.mm(left, right, out=out)
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)
 
 
 class _Batch:
@@ -189,8 +140,6 @@ class _Batch:
             workspace_bytes=workspace_bytes,
             copies_regions=not self.images.is_view,
             copies_words=not self.captions.is_view,
-            direct_regions=self.images.in_place,
-            direct_words=self.captions.in_place,
             known={"t2i": not self.images.padded, "i2t": not self.captions.padded},
         )
         half = regions.dtype != torch.float32
@@ -198,91 +147,128 @@ class _Batch:
         precision = "tf32" if half or torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
         self.launch = epilogue.Launch(options, precision, table(arch).programs, workspace_bytes)
         self._buffers: dict[str, Tensor] = {}
+        self._starts: tuple[tuple[int, int], Tensor] | tuple[None, None] = (
+            None,
+            None,
+        )  # a block of captions, its tiles
         self._like = regions
 
-    def prepare(self, block: Block, *, keys: bool, queries: bool) -> _Rows:
-        gram = self._epilogue.gram(block, self.launch.precision) if keys else None
-        return _Rows(block, gram, self._epilogue.row_norms(block) if queries else None)
+    def blocks(self) -> Iterator[tuple[int, int, int, int, Known, Known]]:
+        """Captions ``c0`` to ``c1``, images ``i0`` to ``i1``, and both sides of the block, images first."""
+        known, options = self._epilogue.known, self.options
+        for c0, c1 in self.plan.caption_blocks:
+            captions: Known | None = None
+            for i0, i1 in self.plan.image_blocks:
+                if captions is None:
+                    of_images, of_captions = rows.blocks((self.images, i0, i1), (self.captions, c0, c1))
+                    captions = known(of_captions, keys=options.i2t, queries=options.t2i)
+                    del of_captions
+                else:
+                    (of_images,) = rows.blocks((self.images, i0, i1))
+                images = known(of_images, keys=options.t2i, queries=options.i2t)
+                del of_images
+                yield c0, c1, i0, i1, images, captions
+                del images  # before the next block's rows are made, not after
+            del captions
 
-    def _buffer(self, name: str, shape: torch.Size) -> Tensor:
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
         """Reused from block to block."""
         size = shape.numel()
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             del buffer  # a larger one takes its place: not both at once
             self._buffers.pop(name, None)
-            buffer = self._buffers[name] = self._like.new_empty(size)
+            buffer = self._buffers[name] = self._like.new_empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
-    def products(self, images: _Rows, captions: _Rows) -> Tensor:  # [words, rows of regions]
+    def _products(self, images: Known, captions: Known) -> Tensor:  # [words, rows of regions]
         """S of a block, with the keys of the (first) direction contiguous."""
-        words, rows = captions.block.rows, images.block.rows
+        words, regions = captions.block.rows, images.block.rows
         if self.options.t2i:
-            shape = torch.Size((words.shape[0], rows.shape[0]))
-            return torch.mm(words, rows.t(), out=self._buffer("products", shape))
-        shape = torch.Size((rows.shape[0], words.shape[0]))
-        return torch.mm(rows, words.t(), out=self._buffer("products", shape)).t()
+            return torch.mm(words, regions.t(), out=self._like_products("products", words, regions))
+        return torch.mm(regions, words.t(), out=self._like_products("products", words, regions).t()).t()
 
-    def t2i(self, images: _Rows, captions: _Rows, products: Tensor) -> Attention:
-        """Words attend to regions."""
-        assert images.gram is not None
-        assert captions.norms is not None
-        return self._epilogue.Attention(
-            self.launch, self.plan.tiles["t2i"], images.block, captions.block, images.gram, captions.norms, products,
-            backward=self._backward,
-        )  # fmt: skip
+    def _like_products(self, name: str, words: Tensor, regions: Tensor) -> Tensor:  # [words, rows of regions]
+        """A buffer with the strides of the products."""
+        shape = words.shape[0], regions.shape[0]
+        if self.options.t2i:
+            return self._buffer(name, torch.Size(shape))
+        return self._buffer(name, torch.Size(shape[::-1])).t()
 
-    def i2t(self, images: _Rows, captions: _Rows, products: Tensor) -> Attention:
-        """Regions attend to words."""
-        assert captions.gram is not None
-        assert images.norms is not None
-        return self._epilogue.Attention(
-            self.launch, self.plan.tiles["i2t"], captions.block, images.block, captions.gram, images.norms,
-            products.t(), backward=self._backward,
-        )  # fmt: skip
+    def score(self, images: Known, captions: Known, cut: tuple[int, int], scores: Tensor) -> None:
+        """Scores of a block: images x captions ``cut``."""
+        epilogue, launch, options = self._epilogue, self.launch, self.options
+        if self.plan.fused is not None:
+            epilogue.prepare(launch, (images, captions), ())
+            self._fused(images, captions, cut, scores)
+            return
+        products = self._products(images, captions)
+        directions = []
+        if options.t2i:
+            directions.append(epilogue.direction(launch, images, captions, products))
+        if options.i2t:
+            directions.append(epilogue.direction(launch, captions, images, products.t()))
+        epilogue.prepare(launch, (images, captions), directions)
+        epilogue.attend(launch, self.plan.tiles["attend"], directions, keep=False)
+        ways = [(images, captions, scores)] if options.t2i else []
+        ways += [(captions, images, scores.t())] if options.i2t else []
+        for at, (d, (keys, queries, out)) in enumerate(zip(directions, ways, strict=True)):
+            epilogue.aggregate(
+                launch, d.state, d.query_norms, keys.block, queries.block, out, accumulate=at > 0, finished=False
+            )
 
-    def tile_starts(self, captions: _Rows, start: int, stop: int) -> Tensor | None:
-        """Tiles of a block of captions, where products stay on the chip."""
-        if self.plan.fused is None:
-            return None
-        from itm_kernels.triton import fused
-
-        bounds = self.captions.bounds[start : stop + 1]
-        return fused.tile_starts(captions.block, [b - bounds[0] for b in bounds], self.plan.fused.rows)
-
-    def fused(self, images: _Rows, captions: _Rows, starts: Tensor, scores: Tensor) -> None:
+    def _fused(self, images: Known, captions: Known, cut: tuple[int, int], scores: Tensor) -> None:
         """Scores of a block, S on the chip."""
         from itm_kernels.triton import fused
 
         assert self.plan.fused is not None
         assert images.gram is not None
         assert captions.norms is not None
+        if self._starts[0] != cut:
+            first, last = cut
+            bounds = [bound - self.captions.bounds[first] for bound in self.captions.bounds[first : last + 1]]
+            self._starts = cut, fused.tile_starts(captions.block, bounds, self.plan.fused.rows)
         fused.take_scores(
-            self.launch, self.plan.fused, images.block, captions.block, starts, images.gram, captions.norms, scores
-        )
+            self.launch, self.plan.fused, images.block, captions.block, self._starts[1], images.gram, captions.norms,
+            scores,
+        )  # fmt: skip
 
-    def _like_products(self, name: str, products: Tensor) -> Tensor:
-        """A buffer with the strides of the products."""
-        if products.is_contiguous():
-            return self._buffer(name, products.shape)
-        return self._buffer(name, products.t().shape).t()
-
-    def backward_block(
-        self, images: _Rows, captions: _Rows, grad_scores: Tensor
-    ) -> Tensor:  # [words, rows of regions]: dS
-        """dS of a block; what reaches rows through Gram matrices and norms is left with them."""
-        products = self.products(images, captions)
-        features, direct = (self._like_products(name, products) for name in ("features", "direct"))
-        both = self.options.t2i and self.options.i2t
-        # One direction: dS takes the place of S. Two: the second still needs S.
-        out = self._like_products("gradients", products) if both else products
+    def differentiate(
+        self,
+        images: Known,
+        captions: Known,
+        grad_scores: Tensor,  # [images, captions]
+        of_images: Tensor,  # [.., D] float32: gradients, from the block's first row on, as the next
+        of_captions: Tensor,
+    ) -> None:
+        """Add what a block gives to the gradients of its rows."""
+        epilogue, launch = self._epilogue, self.launch
+        regions, words = images.block.rows, captions.block.rows
+        products = self._products(images, captions)
+        directions = []
         if self.options.t2i:
-            attention = self.t2i(images, captions, products)
-            images.grad_gram, captions.own = attention.backward(grad_scores, features, direct, out, accumulate=False)
-            del attention
+            scratch = [self._like_products(f"t2i {name}", words, regions) for name in ("features", "direct")]
+            directions.append(
+                epilogue.direction(
+                    launch, images, captions, products, grad_scores=grad_scores, grad_features=scratch[0],
+                    grad_direct=scratch[1],
+                )
+            )  # fmt: skip
         if self.options.i2t:
-            attention = self.i2t(images, captions, products)
-            captions.grad_gram, images.own = attention.backward(
-                grad_scores.t(), features.t(), direct.t(), out.t(), accumulate=both
-            )
-        return out
+            scratch = [self._like_products(f"i2t {name}", words, regions).t() for name in ("features", "direct")]
+            directions.append(
+                epilogue.direction(
+                    launch, captions, images, products.t(), grad_scores=grad_scores.t(), grad_features=scratch[0],
+                    grad_direct=scratch[1],
+                )
+            )  # fmt: skip
+        epilogue.prepare(launch, (images, captions), directions)
+        epilogue.attend(launch, self.plan.tiles["attend"], directions, keep=True)
+        epilogue.aggregate_backward(launch, directions)
+        epilogue.attend_backward(launch, self.plan.tiles["attend_backward"], directions)
+        epilogue.feature_norm_backward(launch, directions)
+        grad_products = directions[0].grad_direct if self.options.t2i else directions[0].grad_direct.t()
+        del directions
+        for_images = _product(grad_products.t(), words, self._buffer("of images", regions.shape, torch.float32))
+        for_captions = _product(grad_products, regions, self._buffer("of captions", words.shape, torch.float32))
+        epilogue.add_gradients(launch, ((images, for_images, of_images), (captions, for_captions, of_captions)))

@@ -1,11 +1,12 @@
 """Launches of the kernels: one function a step, the same sentence each: shapes, grid, launch on the current stream.
 
 Keys and queries are blocks of rows (`rows.Block`), whichever side they are of; ``products`` is ``[queries, keys]``,
-or a transposed view of that.
+or a transposed view of that. A launch serves every direction asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.triton import tiles
+from itm_kernels.triton.directions import Direction, RowGradients, Rows
 from itm_kernels.triton.kernels import aggregate as aggregate_kernels
 from itm_kernels.triton.kernels import attend as attend_kernels
 from itm_kernels.triton.kernels import attend_backward as attend_backward_kernels
 from itm_kernels.triton.kernels import feature_norm as feature_norm_kernels
 from itm_kernels.triton.kernels import gram as gram_kernels
+from itm_kernels.triton.kernels import prepare as prepare_kernels
 from itm_kernels.triton.rows import Block
 
 
@@ -38,14 +41,14 @@ class Launch:
         return {"clipped": "none", "no_norm": "none"}.get(name, name.removeprefix("clipped_"))
 
     @property
+    def features(self) -> dict[str, Any]:
+        """Constants of every kernel that meets products."""
+        return {"NORM": self.norm, "CLIPPED": self.options.raw_feature_norm.startswith("clipped")}
+
+    @property
     def attention(self) -> dict[str, Any]:
         """Constants of every kernel that makes weights."""
-        return {
-            "NORM": self.norm,
-            "CLIPPED": self.options.raw_feature_norm.startswith("clipped"),
-            "FOCAL": self.options.focal,
-            "PRECISION": self.precision,
-        }
+        return {**self.features, "FOCAL": self.options.focal, "PRECISION": self.precision}
 
     @property
     def peak(self) -> bool:
@@ -53,156 +56,102 @@ class Launch:
 
 
 @dataclass
-class Attention:
-    """One direction of one block: keys, queries, products, and what is made of them."""
+class Known:
+    """A block with what a direction needs of it as keys (Gram matrices) or queries (norms), and their gradients."""
 
-    launch: Launch
-    classes: dict[str, tuple[tiles.Tile, ...]]  # kernel -> of key groups
-    keys: Block
-    queries: Block
-    gram: Tensor  # [groups, most, most] float32
-    query_norms: Tensor  # [n] float32
-    products: Tensor  # [queries, keys]
-    state: Tensor  # [planes, groups, queries] float32
-    factors: Tensor  # [segments, keys] float32
-    tops: Tensor
-
-    def __init__(
-        self,
-        launch: Launch,
-        classes: dict[str, tuple[tiles.Tile, ...]],
-        keys: Block,
-        queries: Block,
-        gram: Tensor,
-        query_norms: Tensor,
-        products: Tensor,
-        *,
-        backward: bool,
-    ) -> None:
-        self.launch, self.classes, self.keys, self.queries = launch, classes, keys, queries
-        self.gram, self.query_norms, self.products = gram, query_norms, products
-        self.state = _floats(products, tiles.PLANES[backward], keys.groups, queries.num_rows)
-        self._feature_norms()
-        self._attend(keep=backward)
+    block: Block
+    gram: Tensor | None  # [groups, most, most] float32
+    norms: Tensor | None  # [n] float32
+    described: bool = False  # whether these are made
+    grad_gram: Tensor | None = None  # [parts, groups, most, most] float32, in the end all in the first
+    own: Tensor | None = None  # [n] float32
 
     @property
-    def _strides(self) -> tuple[int, int]:
-        return self.products.stride(0), self.products.stride(1)
-
-    def _feature_norms(self) -> None:
-        """Factor of every key and segment; nothing where features are taken as they are."""
-        launch, keys, queries = self.launch, self.keys, self.queries
-        self.factors = self.tops = self.gram  # a pointer that is never read
-        if launch.norm == "none":
-            return
-        self.factors = _floats(self.products, queries.groups, keys.num_rows)
-        self.tops = torch.empty_like(self.factors) if launch.norm == "softmax" else self.factors
-        grid = (queries.groups * -(-keys.num_rows // tiles.NORM_KEYS),)
-        feature_norm_kernels.feature_norms[grid](
-            self.products, self.factors, self.tops, queries.offsets, queries.counts, keys.num_rows, *self._strides,
-            launch.options.lambda_softmax, NORM=launch.norm, CLIPPED=launch.attention["CLIPPED"],
-            BLOCK_Q=tiles.NORM_QUERIES, BLOCK_K=tiles.NORM_KEYS,
-        )  # fmt: skip
+    def rows(self) -> Rows:
+        """As kernels take it."""
+        block = self.block
+        return Rows(
+            block.rows, block.offsets, block.counts, self.gram, self.norms, block.groups, block.num_rows, block.most
+        )
 
     @property
-    def _inputs(self) -> tuple[Tensor, ...]:
-        queries, keys = self.queries, self.keys
-        return self.factors, self.tops, self.gram, queries.segments, keys.offsets, keys.counts, self.state
+    def programs(self) -> int:
+        """That describe it."""
+        if self.gram is None:
+            return _ceil(self.block.num_rows, tiles.GRAM_KEYS)
+        return self.block.groups * _ceil(self.block.most, tiles.GRAM_KEYS) ** 2
 
-    @property
-    def _sizes(self) -> tuple[int, ...]:
-        return self.queries.num_rows, self.keys.num_rows, self.keys.groups, self.keys.most
 
-    def _over_keys(self, tile: tiles.Tile, **more: Any) -> dict[str, Any]:
-        """Constants of a kernel over one class of key groups."""
-        columns = {"MAIN": tile.main, "REST": tile.rest} if tile.held else {"BLOCK_K": tile.main}
-        shared = {"FLOOR": tile.floor, "BLOCK_Q": tile.block_q, **self.launch.attention, **more}
-        return {**shared, **columns, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+def known(block: Block, *, keys: bool, queries: bool) -> Known:
+    """Memory for what a direction needs of a block."""
+    gram = _floats(block.rows, block.groups, block.most, block.most) if keys else None
+    return Known(block, gram, _floats(block.rows, block.num_rows) if queries else None)
 
-    def _tiles_of_queries(self, tile: tiles.Tile) -> int:
-        return -(-self.queries.num_rows // tile.block_q)
 
-    def _attend(self, *, keep: bool) -> None:
-        last = (*self._sizes, *self._strides, self.launch.options.lambda_softmax)
-        for tile in self.classes["attend"]:
-            kernel = attend_kernels.attend if tile.held else attend_kernels.attend_streamed
-            grid = (self.keys.groups * self._tiles_of_queries(tile),)
-            kernel[grid](self.products, *self._inputs, *last, **self._over_keys(tile, KEEP=keep))
+def direction(
+    launch: Launch,
+    keys: Known,
+    queries: Known,
+    products: Tensor,  # [queries, keys] by strides
+    *,
+    grad_scores: Tensor | None = None,  # [groups, segments], of the backward, as the next two
+    grad_features: Tensor | None = None,  # in the type and strides of the products
+    grad_direct: Tensor | None = None,
+) -> Direction:
+    """A direction, with memory for what its kernels leave."""
+    assert keys.gram is not None
+    assert queries.norms is not None
+    backward = grad_scores is not None
+    on, of = keys.block, queries.block
+    factors = tops = None
+    if launch.norm != "none":
+        factors = _floats(products, of.groups, on.num_rows)
+        tops = torch.empty_like(factors) if launch.norm == "softmax" else None
+    made = Direction(
+        products, factors, tops, keys.gram, queries.norms, on.offsets, on.counts, on.segments, of.offsets, of.counts,
+        of.segments, _floats(products, tiles.PLANES[backward], on.groups, of.num_rows), of.num_rows, on.num_rows,
+        on.groups, of.groups, on.most, *products.stride(),
+    )  # fmt: skip
+    if grad_scores is None:
+        return made
+    steps = _ceil(of.num_rows, tiles.GRAM_QUERIES)
+    directions = launch.options.t2i + launch.options.i2t
+    parts = tiles.splits(
+        steps, on.groups, launch.programs, 4 * on.most**2, tiles.gram_budget(launch.workspace_bytes) // directions
+    )
+    keys.grad_gram = _floats(products, parts, on.groups, on.most, on.most)
+    queries.own = _floats(products, of.num_rows)
+    return made._replace(
+        grad_scores=grad_scores, grad_features=grad_features, grad_direct=grad_direct, grad_gram=keys.grad_gram,
+        own=queries.own, stride_group=grad_scores.stride(0), stride_segment=grad_scores.stride(1), parts=parts,
+        tiles=_ceil(steps, parts),
+    )  # fmt: skip
 
-    def aggregate(self, scores: Tensor, *, accumulate: bool) -> None:  # [groups, segments]
-        """Write (or add to) the scores."""
-        aggregate(
-            self.launch, self.state, self.query_norms, self.keys, self.queries, scores, accumulate=accumulate,
-            finished=False,
+
+def prepare(launch: Launch, sides: Sequence[Known], directions: Sequence[Direction]) -> None:
+    """Gram matrices and norms of the sides that have none yet, and factors of every key and segment."""
+    new = [side for side in sides if not side.described]
+    summed = directions if launch.norm != "none" else ()
+    programs = sum(side.programs for side in new)
+    programs += sum(d.num_segments * _ceil(d.num_keys, tiles.NORM_KEYS) for d in summed)
+    for side in new:
+        side.described = True
+    if programs:
+        prepare_kernels.prepare[(programs,)](
+            tuple(side.rows for side in new), tuple(summed), sides[0].block.rows.shape[1],
+            launch.options.lambda_softmax, SIDES=len(new), WAYS=len(summed), **launch.features,
+            PRECISION=launch.precision, BLOCK_R=tiles.GRAM_KEYS, BLOCK_D=tiles.GRAM_WIDTH,
+            BLOCK_Q=tiles.NORM_QUERIES, BLOCK_K=tiles.NORM_KEYS, num_warps=tiles.GRAM_WARPS,
         )  # fmt: skip
 
-    def backward(
-        self,
-        grad_scores: Tensor,  # [groups, segments]
-        grad_features: Tensor,  # [queries, keys], scratch in the type and strides of the products, as the next two
-        grad_direct: Tensor,
-        grad_products: Tensor,  # may be the products themselves
-        *,
-        accumulate: bool,
-    ) -> tuple[Tensor, Tensor]:  # [parts, groups, most, most], [queries]
-        """Write (or add to) dS; return the parts of dG and what every query takes of itself through its norm."""
-        options, keys, queries = self.launch.options, self.keys, self.queries
-        aggregate_kernels.aggregate_backward[_segment_grid(keys, queries)](
-            self.state, self.query_norms, queries.offsets, queries.counts, grad_scores, queries.num_rows, keys.groups,
-            queries.groups, *grad_scores.stride(), options.lambda_lse, options.peak_weight, AGG=options.agg_func,
-            PEAK=self.launch.peak, BLOCK_S=tiles.AGGREGATE_SEGMENTS, BLOCK_L=tiles.AGGREGATE_QUERIES,
-        )  # fmt: skip
-        own = _floats(self.products, queries.num_rows)
-        aggregate_kernels.query_norm_gradient[(-(-queries.num_rows // tiles.SUM_QUERIES),)](
-            self.state, self.query_norms, queries.segments, own, queries.num_rows, keys.groups,
-            BLOCK_G=tiles.SUM_GROUPS, BLOCK_Q=tiles.SUM_QUERIES,
-        )  # fmt: skip
-        self._attend_backward(grad_features, grad_direct)
-        grad_gram = self._gram_gradient()
-        grid = (queries.groups * -(-keys.num_rows // tiles.NORM_KEYS),)
-        feature_norm_kernels.feature_norm_backward[grid](
-            self.products, grad_features, grad_direct, grad_products, queries.offsets, queries.counts, keys.segments,
-            keys.num_rows, *self._strides, NORM=self.launch.norm, CLIPPED=self.launch.attention["CLIPPED"],
-            ACCUMULATE=accumulate, BLOCK_Q=tiles.NORM_QUERIES, BLOCK_K=tiles.NORM_KEYS,
-        )  # fmt: skip
-        return grad_gram, own
 
-    def _attend_backward(self, grad_features: Tensor, grad_direct: Tensor) -> None:
-        last = (*self._sizes, *self._strides, self.launch.options.lambda_softmax)
-        outputs = (self.query_norms, grad_features, grad_direct)
-        for tile in self.classes["attend_backward"]:
-            kernels = attend_backward_kernels
-            kernel = kernels.attend_backward if tile.held else kernels.attend_backward_streamed
-            grid = (self.keys.groups * self._tiles_of_queries(tile),)
-            kernel[grid](self.products, *self._inputs, *outputs, *last, **self._over_keys(tile, PEAK=self.launch.peak))
-
-    def _gram_gradient(self) -> Tensor:  # [parts, groups, most, most]
-        """Parts of dG: as many as keep the machine busy, all added afterwards."""
-        classes, keys = self.classes["gram_gradient"], self.keys
-        parts = tiles.splits(
-            min(self._tiles_of_queries(tile) for tile in classes), keys.groups, self.launch.programs,
-            4 * keys.most**2, tiles.gram_budget(self.launch.workspace_bytes),
-        )  # fmt: skip
-        # Every class writes its own groups; a streamed one writes the first part alone.
-        make = torch.empty if len(classes) == 1 and classes[0].held else torch.zeros
-        grad_gram = make((parts, keys.groups, keys.most, keys.most), dtype=torch.float32, device=self.products.device)
-        factors, tops, _, *tables = self._inputs
-        inputs = (self.products, factors, tops, *tables, self.query_norms, grad_gram, *self._sizes)
-        last = (*self._strides, self.launch.options.lambda_softmax)
-        for tile in classes:
-            constants = self._over_keys(tile, PEAK=self.launch.peak)
-            if tile.held:
-                each = -(-self._tiles_of_queries(tile) // parts)
-                attend_backward_kernels.gram_gradient[(keys.groups * parts,)](*inputs, each, *last, **constants)
-            else:
-                blocks = -(-keys.most // tile.main)
-                grid = (keys.groups * blocks * blocks,)
-                attend_backward_kernels.gram_gradient_streamed[grid](*inputs, *last, **constants)
-        return grad_gram
-
-
-def _segment_grid(keys: Block, queries: Block) -> tuple[int]:
-    return (keys.groups * -(-queries.groups // tiles.AGGREGATE_SEGMENTS),)
+def attend(launch: Launch, chosen: tiles.Tiles, directions: Sequence[Direction], *, keep: bool) -> None:
+    """Leave what is known of every query and key group; for the backward, more of it."""
+    programs = sum(d.groups * _ceil(d.num_queries, chosen.block_q) for d in directions)
+    attend_kernels.attend[(programs,)](
+        tuple(directions), launch.options.lambda_softmax, KEEP=keep, **launch.attention, **chosen.constants,
+        **chosen.launch,
+    )  # fmt: skip
 
 
 def aggregate(
@@ -218,51 +167,73 @@ def aggregate(
 ) -> None:
     """Write (or add to) the scores from what is known of every query, or where it is ``finished`` from its cosine."""
     options = launch.options
-    aggregate_kernels.aggregate[_segment_grid(keys, queries)](
+    aggregate_kernels.aggregate[(keys.groups * _ceil(queries.groups, tiles.AGGREGATE_SEGMENTS),)](
         state, query_norms, queries.offsets, queries.counts, scores, queries.num_rows, keys.groups, queries.groups,
         *scores.stride(), options.lambda_lse, options.peak_weight, AGG=options.agg_func, PEAK=launch.peak,
         ACCUMULATE=accumulate, FINISHED=finished, BLOCK_S=tiles.AGGREGATE_SEGMENTS, BLOCK_L=tiles.AGGREGATE_QUERIES,
     )  # fmt: skip
 
 
-def gram(block: Block, precision: str) -> Tensor:  # [groups, most, most] float32
-    """Gram matrix of every group."""
-    out = _floats(block.rows, block.groups, block.most, block.most)
-    side = -(-block.most // tiles.GRAM_KEYS)
-    gram_kernels.gram[(block.groups * side * side,)](
-        block.rows, block.offsets, block.counts, out, block.most, block.rows.shape[1], PRECISION=precision,
-        BLOCK_K=tiles.GRAM_KEYS, BLOCK_D=tiles.GRAM_WIDTH, num_warps=tiles.GRAM_WARPS,
+def aggregate_backward(launch: Launch, directions: Sequence[Direction]) -> None:
+    """Hand the gradient of every score out to the cosines of its queries."""
+    options = launch.options
+    programs = sum(d.groups * _ceil(d.num_segments, tiles.AGGREGATE_SEGMENTS) for d in directions)
+    aggregate_kernels.aggregate_backward[(programs,)](
+        tuple(directions), options.lambda_lse, options.peak_weight, WAYS=len(directions), AGG=options.agg_func,
+        PEAK=launch.peak, BLOCK_S=tiles.AGGREGATE_SEGMENTS, BLOCK_L=tiles.AGGREGATE_QUERIES,
     )  # fmt: skip
-    return out
 
 
-def row_norms(block: Block) -> Tensor:  # [n] float32
-    """Length of every row."""
-    out = _floats(block.rows, block.num_rows)
-    gram_kernels.row_norms[(-(-block.num_rows // tiles.NORM_ROWS),)](
-        block.rows, out, block.num_rows, block.rows.shape[1], BLOCK_N=tiles.NORM_ROWS, BLOCK_D=tiles.NORM_WIDTH
+def attend_backward(launch: Launch, chosen: tiles.Tiles, directions: Sequence[Direction]) -> None:
+    """Gradients at logits and beside them, parts of dG, and what every query takes of itself."""
+    programs = sum(
+        d.groups * (_ceil(d.num_queries, chosen.block_q) + d.parts) + _ceil(d.num_queries, tiles.SUM_QUERIES)
+        for d in directions
     )
-    return out
-
-
-def add_own_gradient(
-    block: Block,
-    grad_gram: Tensor | None,  # [parts, groups, most, most]
-    own: Tensor | None,  # [n]
-    gradient: Tensor,  # [n, D] float32
-    precision: str,
-) -> None:
-    """Add what reaches rows through their own Gram matrices and norms."""
-    if grad_gram is not None and grad_gram.shape[0] > 1:
-        grad_gram = grad_gram.sum(0)  # once, not once a slice of D
-    width = block.rows.shape[1]
-    down, across = -(-block.most // tiles.GRAM_KEYS), -(-width // tiles.GRAM_WIDTH)
-    gram_kernels.own_gradient[(block.groups * down * across,)](
-        block.rows, block.offsets, block.counts, gradient if grad_gram is None else grad_gram,
-        gradient if own is None else own, gradient, block.most, width,
-        HAS_GRAM=grad_gram is not None, HAS_OWN=own is not None, PRECISION=precision,
-        BLOCK_K=tiles.GRAM_KEYS, BLOCK_D=tiles.GRAM_WIDTH, num_warps=tiles.GRAM_WARPS,
+    attend_backward_kernels.attend_backward[(programs,)](
+        tuple(directions), launch.options.lambda_softmax, PEAK=launch.peak, **launch.attention, **chosen.constants,
+        GRAM_Q=tiles.GRAM_QUERIES, SUM_G=tiles.SUM_GROUPS, SUM_Q=tiles.SUM_QUERIES, **chosen.launch,
     )  # fmt: skip
+
+
+def feature_norm_backward(launch: Launch, directions: Sequence[Direction]) -> None:
+    """Leave dS in the place of the (first) direct gradient, and every dG in that of its first part."""
+    first = directions[0]
+    owners = first.groups if len(directions) == 2 else _ceil(first.num_keys, tiles.NORM_KEYS)
+    parts = sum(_ceil(d.groups * d.most**2, tiles.PART_ENTRIES) for d in directions)
+    feature_norm_kernels.feature_norm_backward[(first.num_segments * owners + parts,)](
+        tuple(directions), WAYS=len(directions), **launch.features, BLOCK_Q=tiles.NORM_QUERIES, BLOCK_K=tiles.NORM_KEYS,
+        PAIR_Q=tiles.PAIR_QUERIES, PAIR_K=tiles.PAIR_KEYS, BLOCK_P=tiles.PART_ENTRIES,
+        num_warps=tiles.PAIR_WARPS if len(directions) == 2 else tiles.NORM_WARPS,
+    )  # fmt: skip
+
+
+def add_gradients(launch: Launch, sides: Sequence[tuple[Known, Tensor, Tensor]]) -> None:
+    """Add to gradients ([.., D] float32, from a block's first row on) what reaches the rows.
+
+    Of each side: the block, its product with dS ([n, D] float32), the gradient.
+    """
+    width = sides[0][1].shape[1]
+    told, programs = [], 0
+    for side, product, gradient in sides:
+        block = side.block
+        grad_gram = None if side.grad_gram is None else side.grad_gram[0]
+        told.append(
+            RowGradients(
+                block.rows, block.offsets, block.counts, grad_gram, side.own, product, gradient, block.groups,
+                block.most, block.extent,
+            )
+        )  # fmt: skip
+        programs += block.groups * _ceil(block.most, tiles.GRAM_KEYS) * _ceil(width, tiles.GRAM_WIDTH)
+        side.grad_gram = side.own = None
+    gram_kernels.add_gradients[(programs,)](
+        tuple(told), width, SIDES=len(told), PRECISION=launch.precision, BLOCK_K=tiles.GRAM_KEYS,
+        BLOCK_O=tiles.GRADIENT_KEYS, BLOCK_D=tiles.GRAM_WIDTH, num_warps=tiles.GRADIENT_WARPS,
+    )  # fmt: skip
+
+
+def _ceil(count: int, step: int) -> int:
+    return -(-count // step)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

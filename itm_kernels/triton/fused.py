@@ -16,13 +16,11 @@ def tile_starts(queries: Block, bounds: list[int], rows: int) -> Tensor:  # [til
 
     ``bounds`` are the segments' rows on the host, which know how many tiles there are.
     """
-    offsets = queries.offsets
-    most = torch.arange(queries.groups, device=offsets.device) + fused_plan.SEGMENTS
-    following = torch.searchsorted(offsets, offsets[:-1] + rows, right=True) - 1
-    following = torch.minimum(following, most)
     tiles = len(fused_plan.tile_bounds(bounds, rows)) - 1
-    starts = torch.empty(tiles + 1, dtype=torch.int64, device=offsets.device)
-    kernels.pack_segments[(1,)](following, starts, tiles, num_warps=1)
+    starts = torch.empty(tiles + 1, dtype=torch.int64, device=queries.offsets.device)
+    kernels.pack_segments[(1,)](
+        queries.offsets, starts, tiles, queries.groups, rows, BLOCK_S=fused_plan.SEGMENTS, num_warps=1
+    )
     return starts
 
 

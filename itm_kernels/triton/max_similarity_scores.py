@@ -13,6 +13,8 @@ kernel again. Sums run in one order, without atomics; all on the current stream,
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ def forward(
             captions = batch.captions.block(c0, c1)
             for i0, i1 in batch.image_blocks:
                 images = batch.images.block(i0, i1)
-                pair = _Pair(batch, images, captions, batch.kept(i0, i1, c0, c1))
+                pair = _Pair(batch, images, captions, (i0, i1), (c0, c1))
                 pair.take_maxima(keep=arg_max is not None)
                 pair.aggregate(scores[i0:i1, c0:c1])
                 del images, pair  # before the next block's rows are made, not after
@@ -82,7 +84,7 @@ def backward(
                 of_captions = torch.zeros_like(captions.rows, dtype=torch.float32)
             for i0, i1 in batch.image_blocks:
                 images = batch.images.block(i0, i1)
-                pair = _Pair(batch, images, captions, batch.kept(i0, i1, c0, c1))
+                pair = _Pair(batch, images, captions, (i0, i1), (c0, c1))
                 pair.differentiate(grad_scores[i0:i1, c0:c1])
                 of_images = batch.images.view_of(grad_regions, i0, i1)
                 if of_images is None:
@@ -119,7 +121,7 @@ class _Batch:
         arg_max: Tensor | None,
         backward: bool,
     ) -> None:
-        self.options, self.arg_max = options, arg_max
+        self.options, self.arg_max, self.dealt = options, arg_max, _Dealt()
         self.images = Side(regions, region_counts, what="region_counts")
         self.captions = Side(words, word_counts, offsets=word_offsets, what="word_counts")
         self.image_blocks, self.caption_blocks, _ = maxima_plan.choose_blocks(
@@ -152,10 +154,19 @@ class _Batch:
         return self.arg_max[groups[0] : groups[1], side.bounds[queries[0]] : side.bounds[queries[1]]]
 
 
+@dataclass
+class _Dealt:
+    """The keys whose walk is known, and that."""
+
+    keys: Block | None = None
+    bundles: int = 0
+    tables: tuple[Tensor, ...] = ()
+
+
 class _Pair:
     """A block of images x captions: keys, queries, and what is made of them."""
 
-    def __init__(self, batch: _Batch, images: Block, captions: Block, kept: Tensor | None) -> None:
+    def __init__(self, batch: _Batch, images: Block, captions: Block, i: tuple[int, int], c: tuple[int, int]) -> None:
         from itm_kernels.triton.kernels import maxima, maxima_backward
 
         self._forward, self._backward = maxima, maxima_backward
@@ -163,13 +174,29 @@ class _Pair:
         self.keys, self.queries = (images, captions) if self.options.t2i else (captions, images)
         self.width = self.keys.rows.shape[1]
         self.products = {"ALIGNED": self.width % 16 == 0, "PRECISION": batch.precision}
-        self.arg_max = kept
-        # Groups of like size stand together: a bundle walks as many keys as its largest group has.
-        self.order = torch.sort(self.keys.counts, stable=True).indices
+        self.arg_max = batch.kept(*i, *c)
+        side, (start, stop) = (batch.images, i) if self.options.t2i else (batch.captions, c)
+        self.sizes = [b - a for a, b in pairwise(side.bounds[start : stop + 1])]  # of groups, padding included
+        self._dealt = batch.dealt
         self.maxima = self.keys.rows.new_empty(self.keys.groups, self.queries.num_rows, dtype=torch.float32)
 
     def _tile(self, kernel: str) -> maxima_plan.Tile:
         return maxima_plan.tile(kernel, self.keys.rows.element_size(), self.arch)
+
+    def _deal(self, slots: int) -> tuple[int, tuple[Tensor, ...]]:
+        """Bundles, and how their slots walk the keys: rows, ends of groups, and of each slot begin and length."""
+        if self._dealt.keys is not self.keys:  # else made for these keys and other queries
+            deal, device = maxima_plan.deal(self.sizes, slots), self.keys.rows.device
+            order = torch.sort(self.keys.counts, stable=True, descending=True).indices
+            of_keys = (torch.empty(self.keys.num_rows, dtype=torch.int32, device=device) for _ in range(2))
+            of_slots = (torch.empty(deal.bundles * slots, dtype=torch.int32, device=device) for _ in range(2))
+            tables = (*of_keys, *of_slots)
+            self._forward.deal[(deal.bundles,)](
+                order, self.keys.counts, self.keys.offsets, *tables, self.keys.groups, deal.bundles,
+                SHARE=deal.share, BLOCK_G=slots, BLOCK_P=deal.most, num_warps=1,
+            )  # fmt: skip
+            self._dealt.keys, self._dealt.bundles, self._dealt.tables = self.keys, deal.bundles, tables
+        return self._dealt.bundles, self._dealt.tables
 
     @property
     def _aggregation(self) -> dict[str, Any]:
@@ -185,11 +212,11 @@ class _Pair:
     def take_maxima(self, *, keep: bool) -> None:
         """The largest product of each query and group, and the arg-max too."""
         tile = self._tile("largest")
-        programs = -(-self.queries.num_rows // tile.queries) * -(-self.keys.groups // tile.groups)
+        bundles, tables = self._deal(tile.groups)
         arg_max = self.arg_max if self.arg_max is not None else self.maxima
-        self._forward.largest[(programs,)](
-            self.keys.rows, self.queries.rows, self.keys.offsets, self.keys.counts, self.order, self.maxima, arg_max,
-            self.queries.num_rows, self.keys.groups, self.width, arg_max.stride(0),
+        self._forward.largest[(-(-self.queries.num_rows // tile.queries) * bundles,)](
+            self.keys.rows, self.queries.rows, *tables, self.maxima, arg_max, self.queries.num_rows, self.width,
+            arg_max.stride(0),
             KEEP=keep, **self.products, **tile.constants, **tile.launch,
         )  # fmt: skip
 
@@ -223,15 +250,16 @@ class _Pair:
         of_keys, of_queries = (of_images, of_captions) if self.options.t2i else (of_captions, of_images)
         tile = self._tile("queries_gradient")
         programs = -(-self.queries.num_rows // tile.queries) * -(-self.width // tile.width)
+        keys, queries = self.keys, self.queries
         self._backward.queries_gradient[(programs,)](
-            self.keys.rows, self.keys.offsets, self.keys.counts, self.order, self.maxima, self.arg_max,
-            self.queries.segments, of_queries, self.queries.num_rows, self.keys.groups, self.width,
-            self.arg_max.stride(0), **self.products, **tile.constants, **tile.launch,
+            keys.rows, keys.offsets, keys.counts, keys.segments, self.maxima, self.arg_max, queries.segments,
+            of_queries, queries.num_rows, keys.num_rows, keys.groups, self.width, self.arg_max.stride(0),
+            ALIKE=len(set(self.sizes)) == 1, **self.products, **tile.constants, **tile.launch,
         )  # fmt: skip
         tile = self._tile("keys_gradient")
-        steps = -(-self.keys.groups // tile.groups) * -(-self.keys.most // maxima_plan.KEYS)
-        self._backward.keys_gradient[(steps * -(-self.width // tile.width),)](
-            self.queries.rows, self.keys.offsets, self.keys.counts, self.order, self.maxima, self.arg_max,
-            self.queries.segments, of_keys, self.queries.num_rows, self.keys.groups, self.width, self.keys.most,
-            self.arg_max.stride(0), **self.products, **tile.constants, **tile.launch,
+        runs = -(-keys.num_rows // (maxima_plan.KEYS * tile.groups))
+        self._backward.keys_gradient[(runs * -(-self.width // tile.width),)](
+            queries.rows, keys.offsets, keys.segments, self.maxima, self.arg_max, queries.segments, of_keys,
+            queries.num_rows, keys.num_rows, self.width, self.arg_max.stride(0), **self.products, **tile.constants,
+            **tile.launch,
         )  # fmt: skip

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import pairwise
 from typing import cast
 
 from itm_kernels.triton import tiles
 
 KEYS = 4
-"""Keys of a group in one step of a kernel: 36 and 100 keys are whole steps, 49 are 52."""
+"""Keys of a slot in one step of a kernel: 36 and 100 keys are whole steps, 49 are 52."""
+RAGGED_GROUPS = 5
+"""Groups of unlike size that a slot walks, one after another, on average: fewer make more programs, more waste less."""
 AGGREGATE_SEGMENTS, AGGREGATE_QUERIES = 16, 16
 
 
@@ -19,7 +22,7 @@ class Tile:
     """How a kernel is launched."""
 
     queries: int
-    groups: int  # of a bundle: KEYS times as many columns
+    groups: int  # slots of a bundle: KEYS times as many columns
     width: int  # slice of D
     warps: int
     stages: int
@@ -38,7 +41,7 @@ class Tile:
 # its own out of registers. The largest that compile without spills; not timed yet. `largest` leaves its accumulator
 # once in D; the gradients hold dz and the arg-max of a tile beside it; float32 is three products of its parts.
 _WARPGROUP = {
-    ("largest", 2): Tile(128, 32, 64, warps=8, stages=2),
+    ("largest", 2): Tile(64, 32, 64, warps=8, stages=3),
     ("largest", 4): Tile(128, 16, 32, warps=8, stages=2),
     ("queries_gradient", 2): Tile(64, 32, 128, warps=8, stages=1),
     ("queries_gradient", 4): Tile(64, 16, 64, warps=8, stages=1),
@@ -61,13 +64,46 @@ def tile(kernel: str, element_bytes: int, arch: str) -> Tile:
     return (_WARPGROUP if 90 <= number < 120 else _WARP)[kernel, element_bytes]
 
 
+@dataclass(frozen=True)
+class Deal:
+    """How groups of keys are dealt to the slots of bundles: the largest first, each to the slot that has the least.
+
+    Groups stand by size. The first bundle takes what is left over by the others: there sizes differ most, and many
+    small groups even the slots out.
+    """
+
+    slots: int  # of a bundle
+    share: int  # groups of a bundle, on average of a slot
+    bundles: int
+
+    @property
+    def most(self) -> int:
+        """Groups of a bundle, rounded up to a power of two."""
+        return 1 << (2 * self.slots * self.share - 1).bit_length()
+
+    def bundle(self, number: int, groups: int) -> tuple[int, int]:
+        """Where a bundle begins and ends among the groups by size."""
+        last = groups - (self.bundles - 1 - number) * self.slots * self.share
+        return (last - self.slots * self.share if number else 0), last
+
+
+def deal(counts: Sequence[int], slots: int) -> Deal:
+    """Groups of like size: one a slot, which spares nothing and leaves more programs."""
+    share = 1 if len(set(counts)) <= 1 else RAGGED_GROUPS
+    return Deal(slots, share, max(len(counts) // (slots * share), 1))
+
+
 def useful_keys(counts: Sequence[int], element_bytes: int, arch: str) -> float:
-    """Share of the key columns of ``largest`` that are keys; groups are bundled by size, as the launcher does."""
+    """Share of the key columns of ``largest`` that are keys."""
     if not counts:
         return 1.0
-    ordered, bundle, walked = sorted(counts), tile("largest", element_bytes, arch).groups, 0
-    for first in range(0, len(ordered), bundle):
-        walked += bundle * -(-ordered[min(first + bundle, len(ordered)) - 1] // KEYS) * KEYS
+    ordered, chosen, walked = sorted(counts, reverse=True), deal(counts, tile("largest", element_bytes, arch).groups), 0
+    for number in range(chosen.bundles):
+        first, last = chosen.bundle(number, len(counts))
+        lengths = [0] * chosen.slots
+        for count in ordered[first:last]:
+            heapreplace(lengths, lengths[0] + count)
+        walked += chosen.slots * -(-max(lengths) // KEYS) * KEYS
     return sum(ordered) / walked
 
 
@@ -96,7 +132,8 @@ class MaximaShape:
         if self.backward:
             # What cannot accumulate in place is gathered, added to and put back.
             total += 4 * self.width * ((not self.direct_regions) * 2 * rows + (not self.direct_words) * 2 * words)
-        return total + 4 * 4 * (rows + words)
+        # Tables: where rows are and whose, and the order in which keys are walked.
+        return total + 8 * 4 * (rows + words)
 
 
 def choose_blocks(
@@ -110,8 +147,8 @@ def choose_blocks(
 
 def launches(shape: MaximaShape, linear: bool, blocks: int) -> int:
     """Kernels of a phase for whole images and packed captions; a ragged side adds a few a block."""
-    order = 1
+    rows = 1
     if not shape.backward:
-        return blocks * (order + 2)
-    product = 0 if linear and shape.arg_max_kept else 1
-    return blocks * (order + product + 3)
+        return blocks * (rows + 2 + 2)  # by size, dealt; the largest, aggregated
+    made = 0 if linear and shape.arg_max_kept else 3
+    return blocks * (rows + max(made, 1) + 3)

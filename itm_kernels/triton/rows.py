@@ -2,17 +2,21 @@
 
 Counts known on the host: a block holds valid rows alone, one group after another (a view where the storage is that
 already). Counts on a device alone: a block is padded, padding is zero, and kernels see which rows count.
-Nothing waits for the device: small tables go there from pinned memory, or are made there from the offsets given.
+Nothing waits for the device: small tables go there from pinned memory, or are made there from the offsets given, rows
+and tables of both sides in one launch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from itm_kernels.layout import offsets_of
+from itm_kernels.triton import tiles
+from itm_kernels.triton.directions import Packing
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Block:
     counts: Tensor  # [groups] int64: valid rows of each
     segments: Tensor  # [n] int32: group of each row, counted from any number; -1: padding
     most: int  # rows of the largest group, padding included
+    extent: int | None = None  # rows from group to group of the gradient; None: it is packed as the block is
 
     @property
     def groups(self) -> int:
@@ -50,7 +55,7 @@ class Side:
         packed = vectors.dim() == 2
         self._device_counts: Tensor | None = None
         if counts is not None and not on_host(counts):
-            self._device_counts = counts.to(self.device).clamp(1, vectors.shape[1])
+            self._device_counts = counts.to(self.device)  # clamped where they are read
             counts = None
         groups = vectors.shape[0] if counts is None else counts.shape[0]
         self._extent = 0 if packed else vectors.shape[1]
@@ -59,10 +64,9 @@ class Side:
         self.most = int(host.max()) if groups else 0
         self.whole = not packed and self.bounds[-1] == groups * self._extent
         self._packed = packed
-        if self.whole:
-            self._tables: tuple[Tensor, ...] | None = None
-            self._offsets = None
-        else:
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
+        self._offsets: Tensor | None = None
+        if not self.whole:
             self._offsets = offsets if offsets is not None else _to_device(offsets_of(host), self.device, what)
 
     @property
@@ -82,45 +86,44 @@ class Side:
 
     def block(self, start: int, stop: int) -> Block:
         """Groups ``start`` to ``stop``."""
-        first, last = self.bounds[start], self.bounds[stop]
-        if self.whole:
-            return self._whole_block(start, stop)
-        assert self._offsets is not None
-        offsets = self._offsets[start : stop + 1]
-        offsets = offsets - offsets[0]
-        row = torch.arange(last - first, device=self.device)
-        segments = torch.searchsorted(offsets, row, right=True) - 1
-        if self._packed:
-            rows = self.vectors[first:last].contiguous()
-        else:
-            rows = self.vectors[segments + start, row - offsets[segments]]
-        most = max(self.bounds[g + 1] - self.bounds[g] for g in range(start, stop))
-        return Block(rows, offsets, offsets.diff(), segments.to(torch.int32), most)
+        return blocks((self, start, stop))[0]
 
-    def _whole_block(self, start: int, stop: int) -> Block:
-        extent, groups = self._extent, stop - start
-        if self._tables is None or self._tables[1].shape[0] < groups:
+    def packing(self, start: int, stop: int) -> tuple[Block, Packing | None]:
+        """Groups ``start`` to ``stop``, and what is to be packed before they can be used."""
+        first, last = self.bounds[start], self.bounds[stop]
+        groups, most = stop - start, max(b - a for a, b in pairwise(self.bounds[start : stop + 1]))
+        if self._packed:
+            vectors, strides = self.vectors[first:last], (None, *self.vectors.stride())
+        else:
+            vectors, strides = self.vectors[start:stop], self.vectors.stride()
+        if self.whole and self.is_view and self._tables is not None and self._tables[1].shape[0] >= groups:
             # Every block of the side looks alike: the first is the largest, the others are its head.
-            offsets = torch.arange(groups + 1, device=self.device) * extent
-            numbers = torch.arange(groups * extent, device=self.device)
-            self._tables = (
-                offsets,
-                torch.full((groups,), extent, dtype=torch.int64, device=self.device),
-                numbers.div(extent, rounding_mode="floor").to(torch.int32),
-            )
-        offsets, counts, segments = self._tables
-        offsets, counts, segments = offsets[: groups + 1], counts[:groups], segments[: groups * extent]
-        vectors = self.vectors[start:stop]
-        if self._device_counts is not None:
-            counts = self._device_counts[start:stop]
-            valid = torch.arange(extent, device=self.device) < counts[:, None]
-            vectors = torch.where(valid[..., None], vectors, torch.zeros((), dtype=vectors.dtype, device=self.device))
-            segments = torch.where(valid.flatten(), segments, -1)
-        return Block(vectors.reshape(-1, self.width).contiguous(), offsets, counts, segments, extent)
+            offsets, counts, segments = self._tables
+            rows = vectors.reshape(-1, self.width)
+            return Block(rows, offsets[: groups + 1], counts[:groups], segments[: last - first], most), None
+        view = self.vectors.is_contiguous() and (self._packed or self.whole) and not self.padded
+        rows = vectors.reshape(-1, self.width) if view else vectors.new_empty(last - first, self.width)
+        offsets, counts = (torch.empty(n, dtype=torch.int64, device=self.device) for n in (groups + 1, groups))
+        segments = torch.empty(last - first, dtype=torch.int32, device=self.device)
+        if self.whole:
+            self._tables = offsets, counts, segments
+        block = Block(rows, offsets, counts, segments, most, None if self.in_place else self._extent)
+        return block, Packing(
+            vectors,
+            None if self._offsets is None else self._offsets[start : stop + 1],
+            None if self._device_counts is None else self._device_counts[start:stop],
+            None if view else rows,
+            offsets, counts, segments, groups, self._extent, *strides,
+        )  # fmt: skip
 
     def gradient(self) -> Tensor:
         """Float32 accumulator in the shape of the input: the gradient itself for float32 input."""
         return torch.zeros(self.vectors.shape, dtype=torch.float32, device=self.device)
+
+    def rows_of(self, gradient: Tensor, start: int) -> Tensor:  # [.., D]
+        """Rows of a gradient from group ``start`` on."""
+        first = self.bounds[start] if self.in_place else start * self._extent
+        return gradient.view(-1, self.width)[first:]
 
     def view_of(self, gradient: Tensor, start: int, stop: int) -> Tensor | None:  # [n, D]
         """Where groups ``start`` to ``stop`` accumulate, if that is one run of memory."""
@@ -133,6 +136,19 @@ class Side:
         group = block.segments.long()
         place = (group + start, torch.arange(block.num_rows, device=self.device) - block.offsets[group])
         gradient[place] = gradient[place].add_(rows)
+
+
+def blocks(*wanted: tuple[Side, int, int]) -> list[Block]:
+    """Groups of sides, packed in one launch where there is anything to pack."""
+    from itm_kernels.triton.kernels import pack
+
+    made = [side.packing(start, stop) for side, start, stop in wanted]
+    packings = tuple(packing for _, packing in made if packing is not None)
+    if packings:
+        pack.pack[(sum(packing.groups for packing in packings),)](
+            packings, wanted[0][0].width, SIDES=len(packings), BLOCK_N=tiles.PACK_ROWS, BLOCK_D=tiles.NORM_WIDTH
+        )
+    return [block for block, _ in made]
 
 
 def on_host(counts: Tensor) -> bool:

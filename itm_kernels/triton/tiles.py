@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.triton import fused_plan
 from itm_kernels.triton.configurations import Table, table
 
 # Tiles that only stream memory: wide along keys, which are contiguous, and as deep as most captions.
-NORM_QUERIES, NORM_KEYS = 16, 128
+NORM_QUERIES, NORM_KEYS, NORM_WARPS = 16, 128, 4
 AGGREGATE_SEGMENTS, AGGREGATE_QUERIES = 16, 16
 SUM_GROUPS, SUM_QUERIES = 16, 64
 GRAM_KEYS, GRAM_WIDTH, GRAM_WARPS = 64, 32, 8
-NORM_ROWS, NORM_WIDTH = 16, 256
+GRADIENT_KEYS, GRADIENT_WARPS = 32, 8
+PACK_ROWS, NORM_WIDTH = 16, 256
 STREAMED_KEYS = 32
+# Queries of one step of dG, whose sums stand in registers beside the weights of these.
+GRAM_QUERIES = 32
+# A pair of both directions: words of most captions, regions of most images.
+PAIR_QUERIES, PAIR_KEYS, PAIR_WARPS = 16, 64, 8
+PART_ENTRIES = 1024
 # A dot takes 16 columns or more.
 LEAST_COLUMNS = 16
 # float32 planes of a query's state against a key group (kernels.words): forward, backward.
@@ -32,16 +39,32 @@ LARGEST_SIDE = 1 << 23
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How key groups of one class, ``floor + 1`` to ``main + rest`` keys (streamed: and more), meet queries."""
+class Tiles:
+    """How the key groups of a launch meet queries: one or both directions, in the order t2i, i2t."""
 
-    held: bool  # keys in registers; otherwise streamed in chunks of `main`
-    floor: int
-    main: int
-    rest: int
+    classes: tuple[tuple[tuple[int, int, int], ...], ...]  # (floor, main, rest): floor + 1 to main + rest keys, held
+    streamed: tuple[int, ...]  # groups of more keys are walked in chunks; -1: there are none
     block_q: int
     num_warps: int
     num_stages: int
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As the kernels name them."""
+        floors, mains, rests = (tuple(tuple(c[at] for c in held) for held in self.classes) for at in range(3))
+        columns = {"FLOORS": floors, "MAINS": mains, "RESTS": rests, "STREAMED": self.streamed}
+        return columns | {"BLOCK_Q": self.block_q, "BLOCK_K": STREAMED_KEYS}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def columns(self, direction: int, keys: int) -> int:
+        """Columns that a group of so many keys costs."""
+        for floor, main, rest in self.classes[direction]:
+            if floor < keys <= main + rest:
+                return main + rest
+        return -(-keys // STREAMED_KEYS) * STREAMED_KEYS
 
 
 @dataclass(frozen=True)
@@ -51,11 +74,11 @@ class ScorePlan:
     route: str
     image_bounds: tuple[int, ...]
     caption_bounds: tuple[int, ...]
-    tiles: dict[str, dict[str, tuple[Tile, ...]]]  # direction -> kernel -> classes of key groups
+    tiles: dict[str, Tiles]  # by kernel
     launches: int
     workspace_bytes: int
     flops: int
-    useful_fraction: float  # of the rows of products and tiles
+    useful_fraction: float  # of the arithmetic, and of the rows of products and tiles
     useful_keys: float  # of the key columns of tiles
     reason: str
     fused: fused_plan.Tile | None = None  # of the route that keeps products on the chip
@@ -79,7 +102,8 @@ def key_columns(keys: int) -> tuple[int, int]:
 
 
 CLASSES = (16, 32, 48, 64, 80)
-"""Key columns that tiles may hold. Captions as key groups differ: a launch a class, and 15 words cost 16 columns."""
+"""Key columns that tiles may hold. Captions as key groups differ: a program takes the class of its group, and 15 words
+cost 16 columns."""
 
 BEYOND = 1 << 20
 """Stands for all larger groups."""
@@ -90,29 +114,24 @@ def class_of(keys: int) -> int:
     return next((columns for columns in CLASSES if keys <= columns), BEYOND)
 
 
-def choose_tiles(kernel: str, present: Iterable[int], element_bytes: int, arch: Table) -> tuple[Tile, ...]:
-    """One tile a class that is there: held while accumulators and Gram matrix fit, streamed beyond."""
-    chosen: list[Tile] = []
+def choose_tiles(kernel: str, present: Sequence[Iterable[int]], element_bytes: int, arch: Table) -> Tiles:
+    """The classes of each direction: held while accumulators and Gram matrix fit, streamed beyond.
+
+    The largest class of a launch decides on its warps: registers are those of the largest anyway.
+    """
+    most = arch.largest(kernel, element_bytes)
+    held = [sorted(columns for columns in classes if columns <= most) for classes in present]
+    beyond = [max(classes) > most for classes in present]
+    chosen = arch.find(kernel, most if any(beyond) else max(max(columns) for columns in held), element_bytes)
+    assert chosen is not None
     floors = dict(zip(CLASSES, (0, *CLASSES), strict=False))
-    most_held = max((c for c in CLASSES if arch.find(kernel, c, element_bytes)), default=0)
-    for columns in sorted(present):
-        found = arch.find(kernel, columns, element_bytes)
-        if found is None:
-            found = arch.lookup(f"{kernel}_streamed", STREAMED_KEYS, element_bytes)
-            chosen.append(Tile(False, most_held, STREAMED_KEYS, 0, *astuple(found)))
-            break
-        chosen.append(Tile(True, floors[columns], *key_columns(columns), *astuple(found)))
-    return tuple(chosen)
-
-
-def useful_keys(counts: Iterable[int], tiles: tuple[Tile, ...]) -> float:
-    """Fraction of the key columns of tiles that are keys."""
-    keys = columns = 0
-    for count in counts:
-        tile = next((t for t in tiles if t.held and t.floor < count <= t.main + t.rest), tiles[-1])
-        keys += count
-        columns += tile.main + tile.rest if tile.held else -(-count // tile.main) * tile.main
-    return keys / columns
+    return Tiles(
+        classes=tuple(tuple((floors[c], *key_columns(c)) for c in columns) for columns in held),
+        streamed=tuple(most if past else -1 for past in beyond),
+        block_q=chosen.block_q,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
 
 
 def splits(tiles: int, groups: int, programs: int, bytes_per_part: int = 0, budget: int = 0) -> int:
@@ -138,8 +157,6 @@ class Shape:
     backward: bool
     copies_regions: bool
     copies_words: bool
-    direct_regions: bool  # gradients accumulate in place
-    direct_words: bool
     workspace_bytes: int
 
     def block_bytes(self, images: int, rows: int, most_rows: int, captions: int, words: int, most_words: int) -> int:
@@ -148,27 +165,18 @@ class Shape:
         t2i, i2t = self.options.t2i, self.options.i2t
         norm = self.options.raw_feature_norm
         tables = 0 if norm in ("clipped", "no_norm") else 8 if norm == "softmax" else 4
-        buffers = 1 if not self.backward else 4 if t2i and i2t else 3
+        # S; its gradient through logits and beside them, of either direction. dS takes the place of the latter.
+        buffers = 1 if not self.backward else 1 + 2 * (t2i + i2t)
         total = buffers * rows * words * element
         planes = 4 * PLANES[self.backward]
-        directions = [
-            captions * rows * tables + images * words * planes if t2i else 0,
-            images * words * tables + captions * rows * planes if i2t else 0,
-        ]
-        total += max(directions)
+        total += captions * rows * tables + images * words * planes if t2i else 0
+        total += images * words * tables + captions * rows * planes if i2t else 0
         total += (self.copies_regions * rows + self.copies_words * words) * width * element
         gram = (images * most_rows**2 if t2i else 0) + (captions * most_words**2 if i2t else 0)
         total += 4 * gram + 8 * 4 * (rows + words)
         if self.backward:
             total += 8 * gram + gram_budget(self.workspace_bytes)
-            # Products that cannot be added in place pass through a temporary.
-            temporary = max(
-                rows * (0 if self.direct_regions else 2 if self.element_bytes == 4 else 3),
-                words * (1 if self.element_bytes == 2 else 0),
-            )
-            total += 4 * width * (temporary + (0 if self.direct_words else words))
-            if self.element_bytes == 2 and self.direct_regions:
-                total += 4 * width * max(rows - temporary, 0)
+            total += 4 * width * (rows + words)  # products with dS, before they are added where they belong
         return total
 
 
@@ -180,7 +188,7 @@ class FusedShape(Shape):
         """Everything that lives while a block of images x captions is worked on."""
         total = 4 * images * words * (2 if self.options.peak_weight else 1)
         total += (self.copies_regions * rows + self.copies_words * words) * self.width * self.element_bytes
-        # Beside the tables of rows: two of captions, of what follows each and of the tiles.
+        # Beside the tables of rows: of captions, and of the tiles.
         return total + 4 * images * most_rows**2 + 8 * 4 * (rows + words) + 8 * 4 * captions
 
 
@@ -263,8 +271,6 @@ def plan_scores(
     workspace_bytes: int,
     copies_regions: bool = False,
     copies_words: bool = True,
-    direct_regions: bool = True,
-    direct_words: bool = True,
     known: dict[str, bool] = KNOWN,
     useful_rows: float = 1.0,
 ) -> ScorePlan:
@@ -274,7 +280,7 @@ def plan_scores(
     of the padding, and ``useful_rows`` is the fraction of rows that count, if the caller knows it.
     """
     chosen = table(arch)
-    memory = (copies_regions, copies_words, direct_regions, direct_words, workspace_bytes)
+    memory = (copies_regions, copies_words, workspace_bytes)
     why_not_fused = fused_plan.why_not(
         region_bounds, word_bounds, options=options, element_bytes=element_bytes, backward=backward, arch=chosen
     )
@@ -286,34 +292,39 @@ def plan_scores(
     groups = {"t2i": region_bounds, "i2t": word_bounds}
     directions = [name for name, on in (("t2i", options.t2i), ("i2t", options.i2t)) if on]
     counts = {name: [b - a for a, b in pairwise(groups[name])] for name in directions}
-    tiles = {
-        name: {
-            kernel: choose_tiles(kernel, present_classes(counts[name], known[name]), element_bytes, chosen)
-            for kernel in kernels(backward)
-        }
-        for name in directions
-    }
+    present = [present_classes(counts[name], known[name]) for name in directions]
+    tiles = {name: choose_tiles(name, present, element_bytes, chosen) for name in kernels(backward)}
+    attend = tiles["attend"]
     rows, words = region_bounds[-1], word_bounds[-1]
-    fractions = []
-    for name in directions:
+    fractions, needed, done = [], rows * words * width, rows * words * width
+    for at, name in enumerate(directions):
         bounds, cuts = (word_bounds, caption_cuts) if name == "t2i" else (region_bounds, image_cuts)
         queries = [bounds[b] - bounds[a] for a, b in pairwise(cuts)]
-        tile = tiles[name]["attend"][0].block_q
-        fractions.append(sum(queries) / sum(-(-q // tile) * tile for q in queries))
+        walked = sum(-(-q // attend.block_q) * attend.block_q for q in queries)
+        fractions.append(sum(queries) / walked)
+        # Beside the products: weights times the Gram matrix, a square of the keys for each query and group.
+        needed += sum(queries) * sum(keys * keys for keys in counts[name])
+        done += walked * sum(attend.columns(at, keys) ** 2 for keys in counts[name])
+    fractions.append(needed / done)
     products = 3 if backward else 1  # S; backward: S again, dV, dT
     return ScorePlan(
         route="triton-blocked",
         image_bounds=tuple(image_cuts),
         caption_bounds=tuple(caption_cuts),
         tiles=tiles,
-        launches=launches(options, tiles, len(image_cuts) - 1, len(caption_cuts) - 1, element_bytes, backward),
+        launches=launches(
+            len(directions), len(image_cuts) - 1, len(caption_cuts) - 1, element_bytes, backward, copies_regions
+        ),
         workspace_bytes=used,
         flops=2 * products * rows * words * width,
         useful_fraction=min(fractions) * useful_rows,
-        useful_keys=min(useful_keys(counts[name], tiles[name]["attend"]) for name in directions),
+        useful_keys=min(
+            sum(counts[name]) / sum(attend.columns(at, keys) for keys in counts[name])
+            for at, name in enumerate(directions)
+        ),
         reason=(
             f"library products in blocks, Triton epilogues; not fused: {why_not_fused}; "
-            + "; ".join(f"{name} {describe(tiles[name]['attend'])}" for name in directions)
+            + "; ".join(f"{name} {describe(attend, at)}" for at, name in enumerate(directions))
             + ("" if all(known.values()) else "; counts are on the device alone, every group costs its padding")
             + f"; configurations of {chosen.arch}"
         ),
@@ -335,8 +346,8 @@ def _fused_plan(
         image_bounds=tuple(image_cuts),
         caption_bounds=tuple(caption_cuts),
         tiles={},
-        # Gram matrices, cosines, scores; of a caption block its rows, lengths and tiles.
-        launches=3 * blocks + 14 * (len(caption_cuts) - 1),
+        # Gram matrices, cosines, scores; of captions rows and tiles, of images rows where they are copied.
+        launches=3 * blocks + 2 * (len(caption_cuts) - 1) + shape.copies_regions * (blocks - len(caption_cuts) + 1),
         workspace_bytes=used,
         flops=2 * region_bounds[-1] * word_bounds[-1] * shape.width,
         useful_fraction=fused_plan.useful_rows(word_bounds, caption_cuts, tile.rows) * useful_rows,
@@ -354,7 +365,7 @@ def _fused_plan(
 
 def kernels(backward: bool) -> tuple[str, ...]:
     """Kernels over key groups of a phase."""
-    return ("attend", "attend_backward", "gram_gradient") if backward else ("attend",)
+    return ("attend", "attend_backward") if backward else ("attend",)
 
 
 def present_classes(counts: Iterable[int], known: bool) -> list[int]:
@@ -363,30 +374,24 @@ def present_classes(counts: Iterable[int], known: bool) -> list[int]:
     return sorted(present if known else {c for c in (*CLASSES, BEYOND) if c <= max(present)})
 
 
-def describe(tiles: tuple[Tile, ...]) -> str:
+def describe(tiles: Tiles, direction: int) -> str:
     """Tiles in words."""
-    parts = [f"{t.main} + {t.rest}" if t.rest else f"{t.main}" for t in tiles if t.held]
-    parts += [f"chunks of {t.main} (more than {t.floor} keys)" for t in tiles if not t.held]
+    parts = [f"{main} + {rest}" if rest else f"{main}" for _, main, rest in tiles.classes[direction]]
+    if tiles.streamed[direction] >= 0:
+        parts.append(f"chunks of {STREAMED_KEYS} (more than {tiles.streamed[direction]} keys)")
     return "keys as " + ", ".join(parts)
 
 
 def launches(
-    options: ScoreOptions,
-    tiles: dict[str, dict[str, tuple[Tile, ...]]],
-    image_blocks: int,
-    caption_blocks: int,
-    element_bytes: int,
-    backward: bool,
+    directions: int, image_blocks: int, caption_blocks: int, element_bytes: int, backward: bool, copies_regions: bool
 ) -> int:
-    """Kernels launched for whole images and packed captions; a ragged side adds a few a block for its rows."""
-    directions = len(tiles)
-    with_norm = options.raw_feature_norm not in ("clipped", "no_norm")
-    over_keys = sum(len(classes) for of_kernel in tiles.values() for classes in of_kernel.values())
-    # The product; of each direction Gram matrix or norms of the images, sums over segments, attention, aggregate.
-    block = 1 + directions * (2 + with_norm) + over_keys
-    if backward:
-        # Of each direction: gradients of norms, parts of dG, feature norm. Two products, added where they are halves;
-        # what rows take of themselves, twice.
-        block += directions * 3 + 2 * (2 if element_bytes == 2 else 1) + 2
-    # Rows of a caption block (offsets, numbers, places), and their Gram matrices or norms.
-    return block * image_blocks * caption_blocks + (8 + directions) * caption_blocks
+    """Kernels and library products launched (one fewer a block of captions where these are whole)."""
+    blocks = image_blocks * caption_blocks
+    # Rows and tables of a side: of captions and of the images they meet first at once.
+    total = blocks if copies_regions else caption_blocks
+    if not backward:
+        # The product; Gram matrices, norms and factors; attention; of each direction the scores.
+        return total + blocks * (3 + directions)
+    # The same but for the scores; gradients of the aggregate, of the attention, of the factors; two products; all that
+    # comes back to the rows. Once: gradients are zero at first, and at last in the type of the inputs.
+    return total + blocks * 9 + 2 + (2 if element_bytes == 2 else 0)

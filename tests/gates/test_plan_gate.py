@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from benchmarks.cases import word_counts
 from itm_kernels import plan
+from itm_kernels.ops.options import ScoreOptions
 from itm_kernels.planning import OPS
+from itm_kernels.triton import maxima_plan, tiles
 
 BATCHES = (32, 128, 512, 1024, 2048, 8192, 16384, 65536)
 BOUND = 256 * 2**20
@@ -90,3 +93,33 @@ def test_a_plan_needs_no_gpu_and_says_what_is_too_large_for_tiles() -> None:
     assert planned.route == "cuda-wide"
     assert "t2i forward" in planned.reason
     assert "sm_90a" in planned.reason
+
+
+TRITON_BATCHES = (128, 1024, 8192)
+TRITON_ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("arch", TRITON_ARCHS)
+@pytest.mark.parametrize("direction", DIRECTIONS["cross_attention_scores"])
+def test_tiles_of_triton_scores_are_useful(direction: str, arch: str, element_bytes: int) -> None:
+    """Of the arithmetic: products without padding, and tiles of words, regions and weights with theirs."""
+    for batch, backward in itertools.product(TRITON_BATCHES, (False, True)):
+        planned = tiles.plan_scores(
+            [36 * image for image in range(batch + 1)], [0, *itertools.accumulate(word_counts(batch))], 1024,
+            options=ScoreOptions(direction, "clipped_l2norm", 9.0, "LogSumExp", 6.0, "none", 0.0),
+            element_bytes=element_bytes, backward=backward, arch=arch, workspace_bytes=BOUND,
+        )  # fmt: skip
+        where = f"B = {batch}, {'backward' if backward else 'forward'}, {planned.route}"
+        assert planned.useful_fraction >= 0.9, where
+        assert planned.workspace_bytes <= BOUND, where
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("arch", TRITON_ARCHS)
+@pytest.mark.parametrize("direction", DIRECTIONS["max_similarity_scores"])
+def test_tiles_of_triton_maxima_are_useful(direction: str, arch: str, element_bytes: int) -> None:
+    """Of the product on the chip: columns that are keys."""
+    for batch in TRITON_BATCHES:
+        counts = [36] * batch if direction == "t2i" else word_counts(batch)
+        assert maxima_plan.useful_keys(counts, element_bytes, arch) >= 0.9, f"B = {batch}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 import triton_sass
 from itm_kernels.triton import kernels
 from itm_kernels.triton.ahead_of_time import Build
-from itm_kernels.triton.configurations import known, table
+from itm_kernels.triton.configurations import table
 
 if floor.interprets():
     pytest.skip("kernels are decorated for the interpreter", allow_module_level=True)
@@ -45,12 +45,7 @@ def modules() -> list[ModuleType]:
 
 
 BUILDS: list[Build] = [build for module in modules() for build in module.AHEAD_OF_TIME]
-CASES = [
-    pytest.param(build, arch, id=f"{build.name}-{arch}")
-    for arch in COMPILED
-    for build in BUILDS
-    if build.on(table(arch))
-]
+CASES = [pytest.param(build, arch, id=f"{build.name}-{arch}") for arch in COMPILED for build in BUILDS]
 
 
 @dataclass(frozen=True)
@@ -65,13 +60,8 @@ class Binary:
 def compiled(build: Build, arch: str, folder: Path) -> Binary:
     """One build for one architecture (Triton keeps what it compiled)."""
     launched = build.on(table(arch))
-    assert launched is not None
-    # Pointers are as torch allocates them; sizes and strides are any number.
-    pointers = {
-        (at,): [["tt.divisibility", 16]] for at, kind in enumerate(launched.signature.values()) if kind[0] == "*"
-    }
     made: Any = compile_source(
-        ASTSource(launched.kernel, launched.signature, launched.constants, pointers),
+        ASTSource(launched.kernel, *launched.source()),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
         options={"num_warps": launched.num_warps, "num_stages": launched.num_stages},
     )
@@ -97,12 +87,6 @@ def test_names_of_builds_differ() -> None:
     assert len({build.name for build in BUILDS}) == len(BUILDS)
 
 
-@pytest.mark.parametrize("arch", known())
-def test_every_kernel_is_launched_on_every_architecture(arch: str) -> None:
-    everywhere = {build.kernel.__name__ for build in BUILDS if build.on(table(arch))}
-    assert everywhere == {build.kernel.__name__ for build in BUILDS}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("build", "arch"), CASES)
 def test_compiles_ahead_of_time(build: Build, arch: str, tmp_path: Path) -> None:
@@ -114,9 +98,6 @@ def test_compiles_ahead_of_time(build: Build, arch: str, tmp_path: Path) -> None
     if not build.tensor_cores:
         return
     widest = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}[arch]
-    if build.small_dots:
-        assert {"HMMA", widest} & binary.opcodes, f"no product on tensor cores; {build.small_dots}"
-        return
     assert widest in binary.opcodes, f"no {widest} in it"
     if arch == "sm_100":
         assert "tcgen05" in binary.ptx
@@ -126,11 +107,8 @@ def test_compiles_ahead_of_time(build: Build, arch: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__.split(".")[-1])
 def test_sizes_of_one_compile(module: ModuleType, tmp_path: Path) -> None:
     """A launch turns an integer of 1 into a constant, which has other methods than a number of the device."""
-    launched = [build for build in module.AHEAD_OF_TIME if build.on(table("sm_90"))]
-    for build in {build.kernel: build for build in launched}.values():
-        ones = {name: 1 for name, kind in build.signature.items() if kind in ("i32", "i64")}
-        signature = build.signature | dict.fromkeys(ones, "constexpr")
-        compiled(replace(build, signature=signature, constants=build.constants | ones), "sm_90", tmp_path)
+    for build in {build.kernel: build for build in module.AHEAD_OF_TIME}.values():
+        compiled(build.with_sizes_of_one(), "sm_90", tmp_path)
 
 
 @pytest.mark.slow
@@ -138,5 +116,5 @@ def test_sizes_of_one_compile(module: ModuleType, tmp_path: Path) -> None:
 def test_small_shared_memory_is_enough(arch: str, tmp_path: Path) -> None:
     """The largest float32 tiles of the architectures with 99 KB."""
     for build in BUILDS:
-        if "fp32" in build.labels and build.tensor_cores and build.on(table(arch)):
+        if "fp32" in build.labels and build.tensor_cores:
             assert compiled(build, arch, tmp_path).shared <= table(arch).shared_bytes, build.name

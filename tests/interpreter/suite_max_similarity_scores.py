@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import Batch, assert_ladder, label, random_batch
+from golden import FOLDER, golden_batch, golden_result, published_options
+from helpers import Batch, Result, assert_ladder, label, random_batch
+from itm_kernels.compat.chan import AGG_FUNCS
 from itm_kernels.triton import rows
 from similarity import arguments, every_option, gradients, run, truth
 
@@ -30,6 +32,25 @@ def test_every_option(options: dict[str, Any]) -> None:
     form = CASES.index(options)
     batch = random_batch(271, region_counts=form % 2 == 1, **SIZES)
     check(batch.packed() if form % 3 else batch, options)
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in FOLDER.glob("chan_*.npz")))
+def test_golden_vectors(case: str) -> None:
+    published = published_options(case)
+    options = {"agg_func": AGG_FUNCS[published["pooling"]], "lambda_lse": 1 / published["belta"]}
+    # The published log-sum-exp is not divided by its lambda.
+    factor = 1 / published["belta"] if published["pooling"] == "LSEPooling" else 1.0
+    golden = Result(*(tensor.double() / factor for tensor in golden_result(case)))
+    batch = golden_batch(torch.float32)
+    assert_ladder(run(batch, "triton", **options), run(batch, "eager", **options), golden, options)
+
+
+def test_slots_that_walk_several_captions() -> None:
+    """More bundles than one, uneven, of captions of one word to many; slots that get nothing."""
+    for seed, captions in ((283, 90), (284, 3)):
+        counts = [1 + (n * n) % 13 for n in range(captions)]
+        batch = random_batch(seed, images=2, captions=captions, regions=3, words=13, width=16, word_counts=counts)
+        check(batch.packed(), {"direction": "i2t", "agg_func": "LogSumExp"})
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])

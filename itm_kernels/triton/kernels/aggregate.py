@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from itm_kernels.triton import tiles
-from itm_kernels.triton.ahead_of_time import Build, arguments
+from itm_kernels.triton.ahead_of_time import Build, arguments, backward_types, listed
+from itm_kernels.triton.directions import Direction
 from itm_kernels.triton.kernels.words import (
     COSINE,
     DOT,
@@ -25,7 +26,6 @@ from itm_kernels.triton.kernels.words import (
     QUADRATIC,
     SCALE,
     cosine_of,
-    gradients_of_cosine,
     plane,
 )
 
@@ -158,70 +158,54 @@ def _spread(
 
 
 @triton.jit
-def aggregate_backward(
-    state,  # in: what attend left; out: the planes GRAD_COSINE and GRAD_PEAK
-    query_norms, offsets, counts,
-    grad_scores,  # by strides
-    num_queries, groups, segments, stride_group, stride_segment, lambda_lse, peak_weight,
-    AGG: tl.constexpr, PEAK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+def _spread_scores(
+    d, program, lambda_lse, peak_weight, AGG: tl.constexpr, PEAK: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0) % groups
-    o_segment = (tl.program_id(0) // groups) * BLOCK_S + tl.arange(0, BLOCK_S)
-    m_segment = o_segment < segments
-    begin = tl.load(offsets + o_segment, mask=m_segment, other=0)
-    count = tl.load(counts + o_segment, mask=m_segment, other=0).to(tl.int32)
-    at = grad_scores + group.to(tl.int64) * stride_group + o_segment.to(tl.int64) * stride_segment
+    """From what attend left in a direction's state: its planes GRAD_COSINE and GRAD_PEAK."""
+    group = program % d.groups
+    o_segment = (program // d.groups) * BLOCK_S + tl.arange(0, BLOCK_S)
+    m_segment = o_segment < d.num_segments
+    begin = tl.load(d.offsets + o_segment, mask=m_segment, other=0)
+    count = tl.load(d.counts + o_segment, mask=m_segment, other=0).to(tl.int32)
+    at = d.grad_scores + group.to(tl.int64) * d.stride_group + o_segment.to(tl.int64) * d.stride_segment
     grad = tl.load(at, mask=m_segment, other=0.0).to(tl.float32)
     _spread(
-        state, query_norms, group, groups, begin, count, num_queries, lambda_lse, grad, AGG, False, BLOCK_S, BLOCK_L
-    )
+        d.state, d.query_norms, group, d.groups, begin, count, d.num_queries, lambda_lse, grad, AGG, False, BLOCK_S,
+        BLOCK_L,
+    )  # fmt: skip
     if PEAK:
         _spread(
-            state, query_norms, group, groups, begin, count, num_queries, lambda_lse, grad * peak_weight, AGG, True,
-            BLOCK_S, BLOCK_L,
+            d.state, d.query_norms, group, d.groups, begin, count, d.num_queries, lambda_lse, grad * peak_weight, AGG,
+            True, BLOCK_S, BLOCK_L,
         )  # fmt: skip
 
 
 @triton.jit
-def query_norm_gradient(
-    state, query_norms,
-    segments,  # [num_queries] int32
-    own,  # [num_queries] float32, out: what a query takes of itself, dL/d|q| / |q|
-    num_queries, groups,
-    BLOCK_G: tl.constexpr, BLOCK_Q: tl.constexpr,
+def aggregate_backward(
+    directions, lambda_lse, peak_weight,
+    WAYS: tl.constexpr, AGG: tl.constexpr, PEAK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    # A program owns some queries and adds over all key groups in one order.
-    o_query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    m_query = tl.load(segments + o_query, mask=o_query < num_queries, other=-1) >= 0
-    norm = tl.load(query_norms + o_query, mask=m_query, other=0.0)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, groups, BLOCK_G):
-        group = start + tl.arange(0, BLOCK_G)
-        mask = (group < groups)[:, None] & m_query[None, :]
-        at = group.to(tl.int64)[:, None] * num_queries + o_query[None, :]
-        stride = tl.cast(groups, tl.int64) * num_queries
-        dot = tl.load(state + stride * DOT + at, mask=mask, other=0.0)
-        quadratic = tl.load(state + stride * QUADRATIC + at, mask=mask, other=0.0)
-        grad = tl.load(state + stride * GRAD_COSINE + at, mask=mask, other=0.0)
-        _, _, grad_norm = gradients_of_cosine(grad, dot, quadratic, norm[None, :])
-        total += tl.sum(grad_norm, 0)
-    tl.store(own + o_query, tl.where(norm == 0.0, 0.0, total / norm), mask=o_query < num_queries)
+    program = tl.program_id(0)
+    for i in tl.static_range(WAYS):
+        programs = directions[i].groups * tl.cdiv(directions[i].num_segments, BLOCK_S)
+        if (program >= 0) & (program < programs):
+            _spread_scores(directions[i], program, lambda_lse, peak_weight, AGG, PEAK, BLOCK_S, BLOCK_L)
+        program -= programs
 
 
 def _builds() -> list[Build]:
-    types = {name: "*fp32" for name in ("state", "query_norms", "scores", "grad_scores", "own")}
-    types |= {"offsets": "*i64", "counts": "*i64"}
-    rows = {"AGG": "LogSumExp", "PEAK": True, "BLOCK_S": tiles.AGGREGATE_SEGMENTS}
-    rows |= {"BLOCK_L": tiles.AGGREGATE_QUERIES}
-    builds = []
-    for kernel, constants, more in (
-        (aggregate, rows | {"ACCUMULATE": True, "FINISHED": False}, {}),
-        (aggregate_backward, rows, {}),
-        (query_norm_gradient, {"BLOCK_G": tiles.SUM_GROUPS, "BLOCK_Q": tiles.SUM_QUERIES}, {"segments": "*i32"}),
-    ):
-        signature = arguments(kernel, types | more, **constants)
-        builds.append(Build(kernel, signature, constants, tensor_cores=False, labels=("fp32",)))
-    return builds
+    types = {name: "*fp32" for name in ("state", "query_norms", "scores")} | {"offsets": "*i64", "counts": "*i64"}
+    constants = {"AGG": "LogSumExp", "PEAK": True, "BLOCK_S": tiles.AGGREGATE_SEGMENTS}
+    constants |= {"BLOCK_L": tiles.AGGREGATE_QUERIES}
+    forward = constants | {"ACCUMULATE": True, "FINISHED": False}
+    direction = listed(Direction, backward_types("fp32"))
+    backward = constants | {"WAYS": 2}
+    signature = arguments(aggregate_backward, {"directions": (direction, direction)}, **backward)
+    return [
+        Build(aggregate, arguments(aggregate, types, **forward), forward, tensor_cores=False, labels=("fp32",)),
+        Build(aggregate_backward, signature, backward, tensor_cores=False, labels=("fp32",)),
+    ]
 
 
 AHEAD_OF_TIME = _builds()

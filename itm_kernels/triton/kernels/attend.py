@@ -4,11 +4,12 @@
 
     a = focal(softmax_k(logit))      q . c = sum_k a_k s_k      |c|^2 = a^T G a
 
-Owner: a program owns one key group and a run of query tiles, whatever segments they are of. Read: the products, one
+Owner: a program owns one key group and a tile of queries, whatever segments they are of. Read: the products, one
 factor a key and segment, the group's Gram matrix G. Never in memory: weights. What leaves is a query's state, a few
 numbers (`words.DOT` and on) from which the backward rebuilds every weight without a reduction. Accumulation float32;
-a query's sums lie in one program, no atomics. The trick: a group of 36 keys is 32 + 16 columns and not 64, and G a is
-four block products on the tensor cores; `attend_streamed` walks groups that are too large for that in chunks.
+a query's sums lie in one program, no atomics. The trick: a program takes the columns of its group's class, so that one
+launch serves captions of all lengths and both directions; a group of 36 keys is 32 + 16 columns and not 64, G a is four
+block products on the tensor cores, and groups that are too large for that are walked in chunks (`streamed`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from itm_kernels.triton.ahead_of_time import Build, attention_builds
+from itm_kernels.triton.ahead_of_time import Build, attention_builds, forward_types
 from itm_kernels.triton.kernels.words import (
     CUT,
     DOT,
@@ -115,67 +116,47 @@ def attended(
 
 
 @triton.jit
-def attend(
-    products,  # by strides
-    factors, tops,  # [segments, num_keys] float32
-    gram,  # [groups, most, most] float32
-    segments,  # [num_queries] int32
-    key_offsets, key_counts,  # [groups + 1], [groups] int64
-    state,  # [planes, groups, num_queries] float32, out
-    num_queries, num_keys, groups, most, stride_query, stride_key, lambda_softmax,
-    NORM: tl.constexpr, CLIPPED: tl.constexpr, FOCAL: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    FLOOR: tl.constexpr, BLOCK_Q: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+def held(
+    d, group, query, count, lambda_softmax, NORM: tl.constexpr, CLIPPED: tl.constexpr, FOCAL: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    # One launch a class of group sizes: groups that are not of FLOOR + 1 to MAIN + REST keys are another launch's.
-    group = tl.program_id(0) % groups
-    query = (tl.program_id(0) // groups) * BLOCK_Q
+    """A group of up to MAIN + REST keys, all of them in registers."""
     row, o_main = tl.arange(0, BLOCK_Q), tl.arange(0, MAIN)
     o_query = query + row
-    first_key, count = tl.load(key_offsets + group), tl.load(key_counts + group).to(tl.int32)
-    if (count <= FLOOR) | (count > MAIN + REST):
-        return
-    segment = segments_of(segments, o_query, num_queries)
+    first_key = tl.load(d.key_offsets + group)
+    segment = segments_of(d.segments, o_query, d.num_queries)
     raw, logit = load_logits(
-        products, factors, tops, query, row, segment, first_key, o_main, count, num_keys, stride_query, stride_key,
-        lambda_softmax, NORM, CLIPPED,
+        d, query, row, segment, first_key, o_main, count, lambda_softmax, NORM, CLIPPED
     )  # fmt: skip
     raw_rest, logit_rest, o_rest = raw, logit, o_main
     if REST > 0:
         o_rest = MAIN + tl.arange(0, REST)
         raw_rest, logit_rest = load_logits(
-            products, factors, tops, query, row, segment, first_key, o_rest, count, num_keys, stride_query,
-            stride_key, lambda_softmax, NORM, CLIPPED,
+            d, query, row, segment, first_key, o_rest, count, lambda_softmax, NORM, CLIPPED
         )  # fmt: skip
     dot, quadratic, scale, top, cut = attended(
-        raw, logit, o_main, raw_rest, logit_rest, o_rest, gram, group, most, count, FOCAL, PRECISION, REST > 0
+        raw, logit, o_main, raw_rest, logit_rest, o_rest, d.gram, group, d.most, count, FOCAL, PRECISION, REST > 0
     )
-    store_state(state, group, groups, o_query, num_queries, dot, quadratic, scale, top, cut, KEEP, FOCAL)
+    store_state(d.state, group, d.groups, o_query, d.num_queries, dot, quadratic, scale, top, cut, KEEP, FOCAL)
 
 
 @triton.jit
-def attend_streamed(
-    products, factors, tops, gram, segments, key_offsets, key_counts, state,  # as in attend
-    num_queries, num_keys, groups, most, stride_query, stride_key, lambda_softmax,
-    NORM: tl.constexpr, CLIPPED: tl.constexpr, FOCAL: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    FLOOR: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def streamed(
+    d, group, query, count, lambda_softmax, NORM: tl.constexpr, CLIPPED: tl.constexpr, FOCAL: tl.constexpr,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # For groups of more than FLOOR keys: a program makes logits again from the cached products wherever it needs them.
-    group = tl.program_id(0) % groups
+    """A group of any size: logits are made again from the cached products wherever they are needed."""
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    query = (tl.program_id(0) // groups) * BLOCK_Q
     o_query = query + row
-    first_key, count = tl.load(key_offsets + group), tl.load(key_counts + group).to(tl.int32)
-    if count <= FLOOR:
-        return
-    segment = segments_of(segments, o_query, num_queries)
+    first_key = tl.load(d.key_offsets + group)
+    segment = segments_of(d.segments, o_query, d.num_queries)
 
     top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, count, BLOCK_K):
         _, logit = load_logits(
-            products, factors, tops, query, row, segment, first_key + start, column, count - start, num_keys,
-            stride_query, stride_key, lambda_softmax, NORM, CLIPPED,
-        )  # fmt: skip
+            d, query, row, segment, first_key + start, column, count - start, lambda_softmax, NORM, CLIPPED
+        )
         above = tl.maximum(top, tl.max(logit, 1))
         total = total * tl.exp(top - above) + tl.sum(tl.exp(logit - above[:, None]), 1)
         top = above
@@ -187,9 +168,8 @@ def attend_streamed(
         threshold = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(0, count, BLOCK_K):
             _, logit = load_logits(
-                products, factors, tops, query, row, segment, first_key + start, column, count - start, num_keys,
-                stride_query, stride_key, lambda_softmax, NORM, CLIPPED,
-            )  # fmt: skip
+                d, query, row, segment, first_key + start, column, count - start, lambda_softmax, NORM, CLIPPED
+            )
             weight = tl.exp(logit - top[:, None]) * scale[:, None]
             share = tl.where((column < count - start)[None, :], share_of(weight, FOCAL), 0.0)
             factor += tl.sum(share, 1)
@@ -198,9 +178,8 @@ def attend_streamed(
         below = cut
         for start in range(0, count, BLOCK_K):
             _, logit = load_logits(
-                products, factors, tops, query, row, segment, first_key + start, column, count - start, num_keys,
-                stride_query, stride_key, lambda_softmax, NORM, CLIPPED,
-            )  # fmt: skip
+                d, query, row, segment, first_key + start, column, count - start, lambda_softmax, NORM, CLIPPED
+            )
             weight = tl.exp(logit - top[:, None]) * scale[:, None]
             passes = weight * factor[:, None] - threshold[:, None] > 0.0
             kept += tl.sum(tl.where(passes, weight, 0.0), 1)
@@ -212,45 +191,67 @@ def attend_streamed(
     quadratic = tl.zeros([BLOCK_Q], tl.float32)
     for start in range(0, count, BLOCK_K):
         raw, logit = load_logits(
-            products, factors, tops, query, row, segment, first_key + start, column, count - start, num_keys,
-            stride_query, stride_key, lambda_softmax, NORM, CLIPPED,
-        )  # fmt: skip
+            d, query, row, segment, first_key + start, column, count - start, lambda_softmax, NORM, CLIPPED
+        )
         weight = weights_of(logit, top, scale, cut, FOCAL)
         dot += tl.sum(weight * raw, 1)
         image = streamed_image(
-            products, factors, tops, gram, query, segment, first_key, start + column, count, num_keys, group, most,
-            stride_query, stride_key, lambda_softmax, top, scale, cut, NORM, CLIPPED, FOCAL, PRECISION, BLOCK_Q,
-            BLOCK_K,
+            d, query, segment, first_key, start + column, count, group, lambda_softmax, top, scale, cut, NORM, CLIPPED,
+            FOCAL, PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         quadratic += tl.sum(weight * image, 1)
-    store_state(state, group, groups, o_query, num_queries, dot, quadratic, scale, top, cut, KEEP, FOCAL)
+    store_state(d.state, group, d.groups, o_query, d.num_queries, dot, quadratic, scale, top, cut, KEEP, FOCAL)
 
 
 @triton.jit
 def streamed_image(
-    products, factors, tops, gram, query, segment, first_key, o_key, count, num_keys, group, most, stride_query,
-    stride_key, lambda_softmax, top, scale, cut, NORM: tl.constexpr, CLIPPED: tl.constexpr, FOCAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    d, query, segment, first_key, o_key, count, group, lambda_softmax, top, scale, cut, NORM: tl.constexpr,
+    CLIPPED: tl.constexpr, FOCAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(G a) of the keys ``o_key``, with the weights of all keys made chunk by chunk."""
     row, column = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     image = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for start in range(0, count, BLOCK_K):
         _, logit = load_logits(
-            products, factors, tops, query, row, segment, first_key + start, column, count - start, num_keys,
-            stride_query, stride_key, lambda_softmax, NORM, CLIPPED,
-        )  # fmt: skip
+            d, query, row, segment, first_key + start, column, count - start, lambda_softmax, NORM, CLIPPED
+        )
         weight = weights_of(logit, top, scale, cut, FOCAL)
-        block = load_gram(gram, group, most, start + column, o_key, count)
+        block = load_gram(d.gram, group, d.most, start + column, o_key, count)
         image = tl.dot(weight, block, image, input_precision=PRECISION)
     return image
 
 
+@triton.jit
+def attend(
+    directions, lambda_softmax,
+    # Of each direction and class of groups that are held: more keys than FLOORS, in MAINS + RESTS columns.
+    FLOORS: tl.constexpr, MAINS: tl.constexpr, RESTS: tl.constexpr,
+    STREAMED: tl.constexpr,  # of each direction: groups of more keys are; -1: there are none
+    NORM: tl.constexpr, CLIPPED: tl.constexpr, FOCAL: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    for i in tl.static_range(len(STREAMED)):
+        d = directions[i]
+        programs = d.groups * tl.cdiv(d.num_queries, BLOCK_Q)
+        if (program >= 0) & (program < programs):
+            group, query = program % d.groups, (program // d.groups) * BLOCK_Q
+            count = tl.load(d.key_counts + group).to(tl.int32)
+            for c in tl.static_range(len(MAINS[i])):
+                if (count > FLOORS[i][c]) & (count <= MAINS[i][c] + RESTS[i][c]):
+                    held(
+                        d, group, query, count, lambda_softmax, NORM, CLIPPED, FOCAL, KEEP, PRECISION, BLOCK_Q,
+                        MAINS[i][c], RESTS[i][c],
+                    )  # fmt: skip
+            if STREAMED[i] >= 0 and count > STREAMED[i]:
+                streamed(
+                    d, group, query, count, lambda_softmax, NORM, CLIPPED, FOCAL, KEEP, PRECISION, BLOCK_Q, BLOCK_K
+                )
+        program -= programs
+
+
 def _builds() -> list[Build]:
-    types = {name: "*fp32" for name in ("factors", "tops", "gram", "state")}
-    types |= {"segments": "*i32", "key_offsets": "*i64", "key_counts": "*i64"}
-    common = {"NORM": "l2norm", "CLIPPED": True, "FOCAL": "prob", "KEEP": True, "stride_key": 1}
-    return attention_builds({attend: "attend", attend_streamed: "attend_streamed"}, types, common)
+    return attention_builds(attend, forward_types, KEEP=True)
 
 
 AHEAD_OF_TIME = _builds()

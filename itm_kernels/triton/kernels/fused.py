@@ -30,12 +30,14 @@ ABSENT = tl.constexpr(1 << 20)  # number of no key
 
 
 @triton.jit
-def pack_segments(following, starts, tiles):
-    """First segment of each tile: the chain of what follows what, one step a tile."""
-    at = tl.load(following) * 0
+def pack_segments(offsets, starts, tiles, groups, rows, BLOCK_S: tl.constexpr):
+    """First segment of each tile: one step a tile, which looks at the segments that it may hold."""
+    at = tl.zeros([], tl.int64)
     for i in range(0, tiles):
         tl.store(starts + i, at)
-        at = tl.load(following + at)
+        following = at + 1 + tl.arange(0, BLOCK_S)
+        end = tl.load(offsets + following, mask=following <= groups, other=1 << 62)
+        at += tl.sum((end <= tl.load(offsets + at) + rows).to(tl.int64), 0)
     tl.store(starts + tiles, at)
 
 
@@ -227,9 +229,11 @@ class FusedBuild(Build):
 def _builds() -> list[Build]:
     # Half precision alone: of float32 the plan never asks it, and the interpreter does not compile.
     types = {name: "*fp32" for name in ("gram", "query_norms", "state")} | {"segments": "*i32"}
-    types |= {name: "*i64" for name in ("key_offsets", "key_counts", "query_offsets", "starts", "following")}
+    types |= {name: "*i64" for name in ("key_offsets", "key_counts", "query_offsets", "starts", "offsets")}
     types |= {"keys": "*bf16", "queries": "*bf16"}
-    builds: list[Build] = [Build(pack_segments, arguments(pack_segments, types), {}, num_warps=1, tensor_cores=False)]
+    blocks = {"BLOCK_S": fused_plan.SEGMENTS}
+    signature = arguments(pack_segments, types, **blocks)
+    builds: list[Build] = [Build(pack_segments, signature, blocks, num_warps=1, tensor_cores=False)]
     for regions in fused_plan.SIZES:
         constants = {"NORM": "l2norm", "CLIPPED": True, "FOCAL": "prob", "PEAK": True, "ALIGNED": True}
         constants |= {"PRECISION": "tf32", **fused_plan.tile(regions, "sm_80").constants}

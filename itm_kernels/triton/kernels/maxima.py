@@ -4,11 +4,11 @@
 
     z_q = max_k k . q (the first of equal keys, a NaN above all)        score = agg_q z_q
 
-Owner: a program owns BLOCK_Q queries and BLOCK_G groups, walks their keys four at a time and D for each four; another
+Owner: a program owns BLOCK_Q queries and BLOCK_G slots, walks their keys four at a time and D for each four; another
 owns a group and BLOCK_S segments. Read: rows, once a tile. Never in memory: products; what leaves is one float and one
 arg-max a query and group, 1/K of them. Accumulation float32, no atomics. The trick: column c of a tile is key c / G of
-group c % G, so that 4 x 32 columns fill a matrix instruction, a group of 36 keys is nine steps without padding, and the
-four keys that are compared lie in the registers of one thread.
+slot c % G, so that 4 x 32 columns fill a matrix instruction and the four keys that are compared lie in the registers of
+one thread; a slot walks whole groups one after another (`deal`), so that captions of all lengths leave no column idle.
 """
 
 from __future__ import annotations
@@ -27,13 +27,42 @@ KEYS = tl.constexpr(maxima_plan.KEYS)
 
 
 @triton.jit
-def groups_of_columns(order, counts, offsets, bundle, groups, BLOCK_G: tl.constexpr):
-    """Of each column of a bundle: its group, the group's first row, its keys (0 past the last group)."""
-    place = bundle * BLOCK_G + tl.arange(0, KEYS * BLOCK_G) % BLOCK_G
-    group = tl.load(order + place, mask=place < groups, other=0)
-    first = tl.load(offsets + group)
-    count = tl.load(counts + group, mask=place < groups, other=0).to(tl.int32)
-    return group, first, count
+def deal(
+    order, counts, offsets,  # groups by count, the largest first; [groups]; [groups + 1] int64
+    rows, ends,  # [k] int32, out: the row of each key as slots walk them, and the group that ends with it, or -1
+    begins, lengths,  # [bundles, BLOCK_G] int32, out: of each slot
+    groups, bundles, SHARE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    # A program deals one bundle, as `maxima_plan.Deal` says.
+    bundle = tl.program_id(0)
+    last = groups - (bundles - 1 - bundle) * BLOCK_G * SHARE
+    first = tl.where(bundle == 0, 0, last - BLOCK_G * SHARE)
+    o_group, o_slot = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_G)
+    base = tl.zeros([], tl.int32)  # keys of the bundles before
+    for start in range(0, first, BLOCK_P):
+        mask = start + o_group < first
+        group = tl.load(order + start + o_group, mask=mask, other=0)
+        base += tl.sum(tl.load(counts + group, mask=mask, other=0).to(tl.int32), 0)
+    mask = first + o_group < last
+    group = tl.load(order + first + o_group, mask=mask, other=0)
+    count = tl.load(counts + group, mask=mask, other=0).to(tl.int32)
+    length = tl.zeros([BLOCK_G], tl.int32)
+    slot = tl.zeros([BLOCK_P], tl.int32)
+    place = tl.zeros([BLOCK_P], tl.int32)
+    for i in range(0, last - first):
+        shortest = tl.min(length, 0)
+        taken = tl.min(tl.where(length == shortest, o_slot, BLOCK_G), 0)
+        slot = tl.where(o_group == i, taken, slot)
+        place = tl.where(o_group == i, shortest, place)
+        length += tl.where(o_slot == taken, tl.sum(tl.where(o_group == i, count, 0), 0), 0)
+    begin = base + tl.cumsum(length, 0) - length
+    tl.store(begins + bundle * BLOCK_G + o_slot, begin)
+    tl.store(lengths + bundle * BLOCK_G + o_slot, length)
+    place += tl.gather(begin, slot, 0)
+    row = tl.load(offsets + group, mask=mask, other=0).to(tl.int32)
+    for key in range(0, tl.max(count, 0)):
+        tl.store(rows + place + key, row + key, mask=key < count)
+        tl.store(ends + place + key, tl.where(key == count - 1, group.to(tl.int32), -1), mask=key < count)
 
 
 @triton.jit
@@ -44,12 +73,23 @@ def offer(x, key, best, at):
 
 
 @triton.jit
+def close(best, at, ends, maxima, arg_max, o_query, m_query, num_queries, stride_arg, KEEP: tl.constexpr):
+    """Write what is known of the groups that end here."""
+    mask = m_query[:, None] & (ends >= 0)[None, :]
+    group = tl.maximum(ends, 0).to(tl.int64)
+    tl.store(maxima + group[None, :] * num_queries + o_query[:, None], best, mask=mask)
+    if KEEP:
+        out = arg_max + group[None, :] * stride_arg + o_query[:, None]
+        tl.store(out, at.to(arg_max.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def largest(
     keys, queries,  # [k, width], [q, width]
-    offsets, counts, order,  # of the groups of keys: [groups + 1], [groups], [groups] by count; int64
+    rows, ends, begins, lengths,  # as dealt
     maxima,  # [groups, q] float32, out
     arg_max,  # [groups, q] by stride, out where KEEP
-    num_queries, groups, width, stride_arg,
+    num_queries, width, stride_arg,
     KEEP: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -59,14 +99,19 @@ def largest(
     bundle = tl.program_id(0) // tiles
     o_query = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_query = o_query < num_queries
-    _, first, count = groups_of_columns(order, counts, offsets, bundle, groups, BLOCK_G)
     o_key = tl.arange(0, KEYS * BLOCK_G) // BLOCK_G
+    slot = bundle * BLOCK_G + tl.arange(0, KEYS * BLOCK_G) % BLOCK_G
+    first, length = tl.load(begins + slot), tl.load(lengths + slot)
+    slot = bundle * BLOCK_G + tl.arange(0, BLOCK_G)
+    first_end, left = ends + tl.load(begins + slot), tl.load(lengths + slot)
     query_rows = queries + o_query.to(tl.int64)[:, None] * width
     best = tl.full([BLOCK_Q, BLOCK_G], -float("inf"), tl.float32)
     at = tl.zeros([BLOCK_Q, BLOCK_G], tl.int32)
-    for start in range(0, tl.max(count, 0), KEYS):
-        m_key = start + o_key < count
-        key_rows = keys + (first + start + o_key)[:, None] * width
+    began = tl.zeros([BLOCK_G], tl.int32)
+    for start in range(0, tl.max(length, 0), KEYS):
+        m_key = start + o_key < length
+        row = tl.load(rows + first + start + o_key, mask=m_key, other=0).to(tl.int64)
+        key_rows = keys + row[:, None] * width
         products = tl.zeros([BLOCK_Q, KEYS * BLOCK_G], tl.float32)
         for column in range(0, width, BLOCK_D):
             o_column = column + tl.arange(0, BLOCK_D)
@@ -79,17 +124,15 @@ def largest(
         even, odd = tl.split(fours)  # keys 0 and 2, 1 and 3
         zeroth, second = tl.split(even)
         one, third = tl.split(odd)
-        best, at = offer(zeroth, start, best, at)
-        best, at = offer(one, start + 1, best, at)
-        best, at = offer(second, start + 2, best, at)
-        best, at = offer(third, start + 3, best, at)
-    place = bundle * BLOCK_G + tl.arange(0, BLOCK_G)
-    group = tl.load(order + place, mask=place < groups, other=0)
-    mask = m_query[:, None] & (place < groups)[None, :]
-    tl.store(maxima + group[None, :] * num_queries + o_query[:, None], best, mask=mask)
-    if KEEP:
-        out = arg_max + group[None, :] * stride_arg + o_query[:, None]
-        tl.store(out, at.to(arg_max.dtype.element_ty), mask=mask)
+        for i in tl.static_range(KEYS):
+            number = start + i
+            x = zeroth if i == 0 else one if i == 1 else second if i == 2 else third
+            best, at = offer(x, (number - began)[None, :], best, at)
+            end = tl.load(first_end + number, mask=number < left, other=-1)
+            close(best, at, end, maxima, arg_max, o_query, m_query, num_queries, stride_arg, KEEP)
+            best = tl.where((end >= 0)[None, :], -float("inf"), best)
+            at = tl.where((end >= 0)[None, :], 0, at)
+            began = tl.where(end >= 0, number + 1, began)
 
 
 @triton.jit
@@ -205,12 +248,20 @@ def aggregate_builds(kernel: Any, tables: dict[str, str]) -> list[Build]:
 
 def _builds() -> list[Build]:
     tables = {name: "*i64" for name in ("offsets", "counts", "order")} | {"maxima": "*fp32", "scores": "*fp32"}
+    tables |= {name: "*i32" for name in ("rows", "ends", "begins", "lengths")}
     cases = {
         "byte": {"KEEP": True, "arg_max": "*u8"},
         "wide": {"KEEP": True, "arg_max": "*i32"},
         "none": {"KEEP": False, "arg_max": "*fp32"},
     }
-    return [*tiled_builds((largest,), tables, cases), *aggregate_builds(aggregate_maxima, tables)]
+    dealt = maxima_plan.Deal(32, maxima_plan.RAGGED_GROUPS, 1)
+    constants = {"SHARE": dealt.share, "BLOCK_G": dealt.slots, "BLOCK_P": dealt.most}
+    signature = arguments(deal, tables, **constants)
+    return [
+        Build(deal, signature, constants, num_warps=1, tensor_cores=False),
+        *tiled_builds((largest,), tables, cases),
+        *aggregate_builds(aggregate_maxima, tables),
+    ]
 
 
 AHEAD_OF_TIME = _builds()

@@ -64,24 +64,23 @@ def corner(query, key, stride_query, stride_key):
 
 @triton.jit
 def load_logits(
-    products, factors, tops, query, row, segment, key, column, left, num_keys, stride_query, stride_key,
-    lambda_softmax, NORM: tl.constexpr, CLIPPED: tl.constexpr,
+    d, query, row, segment, key, column, left, lambda_softmax, NORM: tl.constexpr, CLIPPED: tl.constexpr
 ):  # fmt: skip
     """Products and logits of a tile, [queries, keys]; -inf where the group (``left`` keys from ``key``) has ended."""
     m_column = column < left
     mask = (segment >= 0)[:, None] & m_column[None, :]
-    tile = products + corner(query, key, stride_query, stride_key)
-    raw = tl.load(tile + within(row, column, stride_query, stride_key), mask=mask, other=0.0).to(tl.float32)
+    tile = d.products + corner(query, key, d.stride_query, d.stride_key)
+    raw = tl.load(tile + within(row, column, d.stride_query, d.stride_key), mask=mask, other=0.0).to(tl.float32)
     logit = feature(raw, CLIPPED)
     if NORM == "none":
         logit = logit * lambda_softmax
     else:
         lowest = tl.min(tl.where(segment >= 0, segment, 1 << 30), 0)
-        at = tl.cast(lowest, tl.int64) * num_keys + key
-        inside = within(segment - lowest, column, num_keys, 1)
+        at = tl.cast(lowest, tl.int64) * d.num_keys + key
+        inside = within(segment - lowest, column, d.num_keys, 1)
         if NORM == "softmax":
-            logit = tl.exp(logit - tl.load(tops + at + inside, mask=mask, other=0.0))
-        logit = logit * tl.load(factors + at + inside, mask=mask, other=0.0)
+            logit = tl.exp(logit - tl.load(d.tops + at + inside, mask=mask, other=0.0))
+        logit = logit * tl.load(d.factors + at + inside, mask=mask, other=0.0)
     return raw, tl.where(m_column[None, :], logit, -float("inf"))
 
 
