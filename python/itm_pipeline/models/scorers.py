@@ -45,7 +45,8 @@ def make_scorer(config: ModelConfig, num_regions: int, workspace_bytes: int, bac
             regulator=config.regulator,
             steps=config.regulator_steps,
             temperature=config.temperature,
-            dropout=config.scorer_dropout,
+            # RCR alone has no dropout; another value than the option's default is refused with it.
+            dropout=0.0 if config.regulator == "rcr" else config.scorer_dropout,
             workspace_bytes=workspace_bytes,
             backend=floor,
         )
