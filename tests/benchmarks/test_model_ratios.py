@@ -31,7 +31,8 @@ MODELS = [
 MOST_RHO = {FORWARD: 1.7, BOTH: 2.0}
 LEAST_SPEEDUP_OF_BFLOAT16 = 1.3
 MOST_PEAK = 256 * memory.MIB
-ROUNDS = {FORWARD: 9, BOTH: 5}
+ROUNDS = {FORWARD: 15, BOTH: 9}
+FEWEST_QUIET_ROUNDS = 3
 
 Make = Callable[..., Contender]
 models = pytest.mark.parametrize(("op", "direction"), MODELS, ids=lambda value: str(value))
@@ -62,11 +63,19 @@ def make() -> Make:
 def test_costs_little_more_than_its_products(
     benchmark: BenchmarkFixture, make: Make, op: str, direction: str, phase: str
 ) -> None:
-    methods = ("native", PRODUCT, "reference")
-    calls = {name: make(op, direction, name).calls[phase] for name in methods}
-    times = take_turns(calls, ROUNDS[phase])
-    rho = measure.ratio(times["native"], times[PRODUCT])
-    speedup = measure.ratio(times["reference"], times["native"])
+    product = measure.CoreShare(make(op, direction, PRODUCT).calls[phase])
+    calls = {name: make(op, direction, name).calls[phase] for name in ("native", "reference")}
+    times = take_turns({**calls, PRODUCT: product}, ROUNDS[phase])
+    # Between its products an op has hundreds of short steps on all threads; where other programs hold the cores each
+    # of them waits, and a product waits once.
+    quiet = [r for r, share in enumerate(product.shares[-ROUNDS[phase] :]) if share >= measure.QUIET]
+    if len(quiet) < FEWEST_QUIET_ROUNDS:
+        pytest.skip(
+            f"needs a machine of its own: the bare products got {measure.summarize(product.shares).median:.0%} of "
+            f"their {THREADS} threads"
+        )
+    loop, own, bare = ([times[name][r] for r in quiet] for name in ("reference", "native", PRODUCT))
+    rho, speedup = measure.ratio(own, bare), measure.ratio(loop, own)
     report(benchmark, calls["native"], times["native"], rho=rho.median, speedup_vs_loop=speedup.median)
     assert rho.median <= MOST_RHO[phase], sentence(f"rho, {direction}, {phase},", rho, f"<= {MOST_RHO[phase]}")
     assert speedup.median > 1, sentence(f"speed-up over the loop, {direction}, {phase},", speedup, "> 1")
