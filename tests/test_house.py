@@ -28,6 +28,7 @@ WITHOUT_FLOORS = {"attention_states", "contrastive_loss", "triplet_loss"}
 # What ops share, and what the native floor shares among its ops.
 HELPERS = {
     "ops": {
+        "attention_options",
         "autograd",
         "batch_norm",
         "dropout",
@@ -43,7 +44,16 @@ HELPERS = {
     "reference": {"common", "stages"},
 }
 # What a floor may take from the contracts: records, checks, and what both sides must agree on to the bit.
-SHARED = ("layout", "ops.dropout", "ops.options", "ops.pairs", "ops.parameters", "ops.stage_options")
+SHARED = (
+    "layout",
+    "pair_blocks",
+    "ops.attention_options",
+    "ops.dropout",
+    "ops.options",
+    "ops.pairs",
+    "ops.parameters",
+    "ops.stage_options",
+)
 
 
 def rooms(floor: str) -> set[str]:

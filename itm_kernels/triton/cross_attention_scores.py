@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from itm_kernels.ops.options import ScoreOptions
-from itm_kernels.triton import interprets, load_error, rows, tiles
+from itm_kernels.pair_blocks.rows import Side
+from itm_kernels.triton import interprets, load_error, packing, tiles
 from itm_kernels.triton.configurations import arch_of, table
-from itm_kernels.triton.rows import Side
 
 if TYPE_CHECKING:  # imports Triton, which may be missing until a kernel is asked for
     from itm_kernels.triton.epilogue import Known, Launch
@@ -160,11 +160,11 @@ class _Batch:
             captions: Known | None = None
             for i0, i1 in self.plan.image_blocks:
                 if captions is None:
-                    of_images, of_captions = rows.blocks((self.images, i0, i1), (self.captions, c0, c1))
+                    of_images, of_captions = packing.blocks((self.images, i0, i1), (self.captions, c0, c1))
                     captions = known(of_captions, keys=options.i2t, queries=options.t2i)
                     del of_captions
                 else:
-                    (of_images,) = rows.blocks((self.images, i0, i1))
+                    (of_images,) = packing.blocks((self.images, i0, i1))
                 images = known(of_images, keys=options.t2i, queries=options.i2t)
                 del of_images
                 yield c0, c1, i0, i1, images, captions

@@ -70,25 +70,9 @@ class RowGradients(NamedTuple):
     extent: Any  # rows from group to group of the gradient; None: as the block's
 
 
-class Packing(NamedTuple):
-    """One side of a block, as it is given and as kernels take it."""
-
-    vectors: Any  # [groups, extent, width] or [n, width], by strides
-    bounds: Any  # [groups + 1] int64: first rows, counted from any number; None: `extent` rows each
-    valid: Any  # [groups]: rows that count of `extent`; None: all
-    rows: Any  # [n, width], out; None: they may be read where they are
-    offsets: Any  # out, as the next two
-    counts: Any
-    segments: Any
-    groups: Any
-    extent: Any
-    stride_group: Any  # None: packed
-    stride_row: Any
-    stride_column: Any
-
-
 class Masks(NamedTuple):
-    """Where the dropout masks of a block come from: numbers in the whole batch, and what a word must reach."""
+    """Where the dropout masks of a block come from, as kernels take it: numbers in the whole batch, and what a word of
+    the generator must reach."""
 
     first_group: Any
     first_segment: Any

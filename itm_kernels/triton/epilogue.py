@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from itm_kernels.ops.options import ScoreOptions
+from itm_kernels.pair_blocks.rows import Block
 from itm_kernels.triton import tiles
 from itm_kernels.triton.directions import Direction, RowGradients, Rows
 from itm_kernels.triton.kernels import aggregate as aggregate_kernels
@@ -22,7 +23,6 @@ from itm_kernels.triton.kernels import attend_backward as attend_backward_kernel
 from itm_kernels.triton.kernels import feature_norm as feature_norm_kernels
 from itm_kernels.triton.kernels import gram as gram_kernels
 from itm_kernels.triton.kernels import prepare as prepare_kernels
-from itm_kernels.triton.rows import Block
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from itm_kernels.pair_blocks.rows import Block
 from itm_kernels.triton import fused_plan
 from itm_kernels.triton.epilogue import Launch, aggregate
 from itm_kernels.triton.kernels import fused as kernels
-from itm_kernels.triton.rows import Block
 
 
 def tile_starts(queries: Block, bounds: list[int], rows: int) -> Tensor:  # [tiles + 1] int64

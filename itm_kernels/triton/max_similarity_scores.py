@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from itm_kernels.ops.options import SimilarityOptions
-from itm_kernels.triton import maxima_plan
+from itm_kernels.pair_blocks.rows import Block, Side
+from itm_kernels.triton import maxima_plan, packing
 from itm_kernels.triton.configurations import arch_of
 from itm_kernels.triton.cross_attention_scores import why_not
-from itm_kernels.triton.rows import Block, Side
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -47,9 +47,9 @@ def forward(
         )
         scores = regions.new_empty(regions.shape[0], word_counts.shape[0], dtype=torch.float32)
         for c0, c1 in batch.caption_blocks:
-            captions = batch.captions.block(c0, c1)
+            captions = packing.blocks((batch.captions, c0, c1))[0]
             for i0, i1 in batch.image_blocks:
-                images = batch.images.block(i0, i1)
+                images = packing.blocks((batch.images, i0, i1))[0]
                 pair = _Pair(batch, images, captions, (i0, i1), (c0, c1))
                 pair.take_maxima(keep=arg_max is not None)
                 pair.aggregate(scores[i0:i1, c0:c1])
@@ -77,13 +77,13 @@ def backward(
         )
         grad_regions, grad_words = batch.images.gradient(), batch.captions.gradient()
         for c0, c1 in batch.caption_blocks:
-            captions = batch.captions.block(c0, c1)
+            captions = packing.blocks((batch.captions, c0, c1))[0]
             of_captions = batch.captions.view_of(grad_words, c0, c1)
             direct = of_captions is not None
             if of_captions is None:
                 of_captions = torch.zeros_like(captions.rows, dtype=torch.float32)
             for i0, i1 in batch.image_blocks:
-                images = batch.images.block(i0, i1)
+                images = packing.blocks((batch.images, i0, i1))[0]
                 pair = _Pair(batch, images, captions, (i0, i1), (c0, c1))
                 pair.differentiate(grad_scores[i0:i1, c0:c1])
                 of_images = batch.images.view_of(grad_regions, i0, i1)

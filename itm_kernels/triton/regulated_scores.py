@@ -1,25 +1,13 @@
-"""``regulated_scores`` on the Triton floor: library products around kernels, every stage of a block, then the next.
-
-A backward runs a block's stages again, each keeping what its own backward reads, and then these in reverse; the
-gradients of regions, words and parameters add up in float32, in the order of the blocks. Steps of a scorer:
-
-    products -> attention -> alignment vectors -> (RCR: products of the next step) -> (RAR: pooled vectors) -> score
-
-Sums run in one order, without atomics; all on the current stream, without waiting for it.
-"""
+"""``regulated_scores`` on the Triton floor: its kernels in the blocks that both GPU floors share."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor
 
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import RegulatedParameters
+from itm_kernels.pair_blocks import regulated_scores
 from itm_kernels.triton.cross_attention_scores import why_not
-from itm_kernels.triton.pair_blocks import PairBlocks
-from itm_kernels.triton.rows import Side
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -36,18 +24,12 @@ def forward(
     word_offsets: Tensor | None = None,  # [C + 1]
 ) -> Tensor:  # [I, C] float32
     """Scores, block by block."""
-    from itm_kernels.triton.regulated_scorer import RegulatedScorer
+    from itm_kernels.triton.steps import STEPS
 
-    with _on(regions.device):
-        images, captions = _sides(regions, words, word_counts, region_counts, word_offsets)
-        blocks = _blocks(images, captions, parameters, options, workspace_bytes, backward=False)
-        scores = regions.new_empty(regions.shape[0], word_counts.shape[0], dtype=torch.float32)
-        of_groups = scores if options.t2i else scores.t()
-        parameters = _rounded(parameters, regions.dtype)
-        for block, groups, segments in blocks.forward_blocks():
-            of_groups[groups, segments] = RegulatedScorer(block, parameters, options).forward()
-            del block  # before the next block's rows are made, not after
-        return scores
+    return regulated_scores.forward(
+        STEPS, regions, words, word_counts, region_counts, parameters, options, workspace_bytes=workspace_bytes,
+        word_offsets=word_offsets,
+    )  # fmt: skip
 
 
 def backward(
@@ -63,88 +45,9 @@ def backward(
     word_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RegulatedParameters]:
     """Gradients in the dtypes of the inputs; accumulation in float32."""
-    from itm_kernels.triton.regulated_scorer import RegulatedScorer
+    from itm_kernels.triton.steps import STEPS
 
-    with _on(regions.device):
-        images, captions = _sides(regions, words, word_counts, region_counts, word_offsets)
-        blocks = _blocks(images, captions, parameters, options, workspace_bytes, backward=True)
-        grad_scores = grad_scores.to(torch.float32)
-        of_groups = grad_scores if options.t2i else grad_scores.t()
-        given = parameters.flat()
-        grads = RegulatedParameters.of([None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in given])
-        grad_regions, grad_words = images.gradient(), captions.gradient()
-        sides = (grad_words, grad_regions) if options.t2i else (grad_regions, grad_words)
-        parameters = _rounded(parameters, regions.dtype)
-        for block, groups, segments in blocks.backward_blocks(*sides):
-            scorer = RegulatedScorer(block, parameters, options)
-            scorer.forward()
-            scorer.backward(of_groups[groups, segments].contiguous(), grads)
-            del block, scorer
-        narrowed = [
-            None if grad is None or p is None else grad.to(p.dtype) for grad, p in zip(grads.flat(), given, strict=True)
-        ]
-        return grad_regions.to(regions.dtype), grad_words.to(words.dtype), RegulatedParameters.of(narrowed)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _sides(
-    regions: Tensor, words: Tensor, word_counts: Tensor, region_counts: Tensor | None, word_offsets: Tensor | None
-) -> tuple[Side, Side]:
-    images = Side(regions, region_counts, what="region_counts")
-    return images, Side(words, word_counts, offsets=word_offsets, what="word_counts")
-
-
-def _rounded(parameters: RegulatedParameters, dtype: torch.dtype) -> RegulatedParameters:
-    """Matrices, ``[steps, rows, columns]``, in the dtype of the inputs; vectors wide."""
-    return RegulatedParameters.of(
-        [None if p is None else p.to(dtype if p.dim() == 3 else torch.float32).contiguous() for p in parameters.flat()]
-    )
-
-
-def _blocks(
-    images: Side,
-    captions: Side,
-    parameters: RegulatedParameters,
-    options: RegulatedOptions,
-    workspace_bytes: int,
-    *,
-    backward: bool,
-) -> PairBlocks:
-    queries, keys = (captions, images) if options.t2i else (images, captions)
-    element = queries.vectors.element_size()
-    # Products, their norms (at most one a row) and weights, and the gradient on its way; kept of every step.
-    steps = options.alignments + 1 if backward else 1
-    return PairBlocks(
-        queries,
-        keys,
-        row_bytes=_row_bytes(parameters, options, queries.width, element, backward=backward),
-        matrices=steps * (8 + element) + (4 if backward else 4 + element),
-        workspace_bytes=workspace_bytes,
-        backward=backward,
-    )
-
-
-def _row_bytes(
-    parameters: RegulatedParameters, options: RegulatedOptions, width: int, element: int, *, backward: bool
-) -> int:
-    """What a block takes for one row, without what grows with its keys."""
-    s = hidden = narrow = 0
-    if parameters.alignment is not None:
-        s = parameters.alignment.bias.shape[1]
-    if parameters.correspondence is not None:
-        hidden = parameters.correspondence.hidden_bias.shape[1]
-        narrow = parameters.correspondence.temperature_hidden_bias.shape[1]
-    rounded = element if element < 4 else 0  # float32 rows need no second copy
-    pairs = 40 * s if options.aggregations else 12  # ten vectors a pair, which may be a single row
-    chained = options.corrections > 1  # from gate to gate
-    if not backward:
-        return width * element * (2 + chained) + s * (8 + rounded) + (hidden + narrow) * (4 + rounded) + pairs + 32
-    kept = width * element * (options.alignments + 1 + options.corrections * (2 + chained))
-    kept += options.alignments * s * (4 + rounded) + options.aggregations * (4 * s + pairs)
-    kept += options.corrections * (hidden * element + 4 * narrow)
-    passing = width * (2 * element + 4 * chained) + s * (8 + 2 * rounded) + (hidden + narrow) * (4 + rounded)
-    return kept + passing + pairs + 32 * (options.alignments + 1)
+    return regulated_scores.backward(
+        STEPS, grad_scores, regions, words, word_counts, region_counts, parameters, options,
+        workspace_bytes=workspace_bytes, word_offsets=word_offsets,
+    )  # fmt: skip

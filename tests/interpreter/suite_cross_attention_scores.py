@@ -20,8 +20,9 @@ from golden import CASES, golden_batch, golden_options, golden_result
 from helpers import Batch, Place, Result, assert_ladder, label, option_pairs, random_batch, run, truth
 from itm_kernels import cross_attention_scores
 from itm_kernels.ops.options import AGG_FUNCS, DIRECTIONS, RAW_FEATURE_NORMS
+from itm_kernels.pair_blocks import rows
 from itm_kernels.triton import cross_attention_scores as triton_floor
-from itm_kernels.triton import fused, fused_plan, rows, tiles
+from itm_kernels.triton import fused, fused_plan, packing, tiles
 from memory import peak_bytes
 
 OP = "cross_attention_scores"
@@ -157,7 +158,7 @@ def test_a_layout_brings_its_offsets() -> None:
     batch = random_batch(207, images=2, captions=3, shortest=2)
     counts = torch.tensor(batch.word_counts)
     side = rows.Side(batch.words, counts, offsets=torch.tensor([0, *counts.cumsum(0).tolist()]))
-    block = side.block(1, 3)
+    (block,) = packing.blocks((side, 1, 3))
     assert block.offsets.tolist() == [0, counts[1], counts[1] + counts[2]]
     assert torch.equal(block.rows, batch.packed().words[counts[0] :])
 

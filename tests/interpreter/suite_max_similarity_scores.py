@@ -15,7 +15,7 @@ import torch
 from golden import FOLDER, golden_batch, golden_result, published_options
 from helpers import Batch, Result, assert_ladder, label, random_batch
 from itm_kernels.compat.chan import AGG_FUNCS
-from itm_kernels.triton import rows
+from itm_kernels.pair_blocks import rows
 from similarity import arguments, every_option, gradients, run, truth
 
 SIZES: dict[str, Any] = {"images": 3, "captions": 4, "regions": 9, "words": 6, "width": 40}

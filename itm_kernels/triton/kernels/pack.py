@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from itm_kernels.pair_blocks.records import Packing
 from itm_kernels.triton import tiles
 from itm_kernels.triton.ahead_of_time import ARGUMENT_TYPES, Build, arguments, listed
-from itm_kernels.triton.directions import Packing
 
 
 @triton.jit

@@ -14,18 +14,7 @@ import torch
 from torch import Tensor
 
 from itm_kernels.ops.parameters import AlignmentParameters
-from itm_kernels.triton.kernels import regulated_attention, row_norms, squared_difference
-from itm_kernels.triton.pair_blocks import PairBlock, add_product, product
-from itm_kernels.triton.pair_tiles import (
-    KEYS,
-    QUERIES,
-    ROWS,
-    SEGMENT_KEYS,
-    SEGMENT_QUERIES,
-    SUM_ROWS,
-    SUM_WIDTH,
-    WIDTH,
-)
+from itm_kernels.pair_blocks.blocks import PairBlock, add_product, product
 
 
 class Attention(NamedTuple):
@@ -50,17 +39,9 @@ class Aligned(NamedTuple):
 
 def attend(block: PairBlock, products: Tensor, temperatures: Tensor | None, temperature: float) -> Attention:
     """Weights, and the keys summed by them."""
-    sizes = block.most, block.num_queries, block.segments
     norms = block.floats(block.groups, block.segments, block.most)
-    regulated_attention.segment_norms[(block.pairs * -(-block.most // SEGMENT_KEYS),)](
-        products, block.queries.offsets, block.queries.counts, norms, *sizes, BLOCK_Q=SEGMENT_QUERIES,
-        BLOCK_K=SEGMENT_KEYS,
-    )  # fmt: skip
     weights = block.take(*products.shape)
-    regulated_attention.attention_weights[(block.groups * -(-block.num_queries // QUERIES),)](
-        products, norms, block.keys.counts, block.queries.segments, temperatures, temperature, weights, *sizes,
-        WARMED=temperatures is not None, BLOCK_Q=QUERIES, BLOCK_K=KEYS,
-    )  # fmt: skip
+    block.steps.attention_weights(block, products, temperatures, temperature, norms, weights)
     return Attention(products, norms, temperatures, weights, block.combine_keys(weights))
 
 
@@ -72,19 +53,13 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:  # [G, K, L], [rows]
     """Gradients of products, rounded for products, and temperatures; that of the keys is added where it belongs."""
     products, norms, temperatures, weights, _ = attention
-    sizes = block.most, block.num_queries, block.segments
     block.add_to_keys(weights, grad_attended)
     grad = block.products_with(grad_attended)
     grad_temperatures = block.floats(block.rows)
-    regulated_attention.attention_weights_backward[(block.groups * -(-block.num_queries // QUERIES),)](
-        products, norms, block.keys.counts, block.queries.segments, temperatures, temperature, grad, grad_temperatures,
-        *sizes, WARMED=temperatures is not None, BLOCK_Q=QUERIES, BLOCK_K=KEYS,
-    )  # fmt: skip
     grad_products = weights  # in their place: they have been used
-    regulated_attention.segment_norms_backward[(block.pairs * -(-block.most // SEGMENT_KEYS),)](
-        products, norms, block.queries.offsets, block.queries.counts, grad, grad_products, *sizes,
-        BLOCK_Q=SEGMENT_QUERIES, BLOCK_K=SEGMENT_KEYS,
-    )  # fmt: skip
+    block.steps.attention_weights_backward(
+        block, products, norms, temperatures, temperature, grad, grad_temperatures, grad_products
+    )
     return grad_products, grad_temperatures
 
 
@@ -93,11 +68,8 @@ def align(block: PairBlock, attended: Tensor, parameters: AlignmentParameters) -
     norms = block.floats(block.rows)
     vectors = product(_squares(block, attended, norms), parameters.weight.t())
     vector_norms = block.floats(block.rows)
-    rounds = block.dtype != torch.float32
-    rounded = block.take(*vectors.shape) if rounds else vectors
-    row_norms.normalise_rows[(-(-block.rows // ROWS),)](
-        vectors, parameters.bias, vector_norms, rounded, *vectors.shape, ROUNDS=rounds, BLOCK_N=ROWS, BLOCK_D=WIDTH
-    )
+    rounded = vectors if block.dtype == torch.float32 else block.take(*vectors.shape)
+    block.steps.normalise_rows(vectors, parameters.bias, vector_norms, rounded)
     return Aligned(vectors, rounded, attended, norms, vector_norms)
 
 
@@ -110,36 +82,17 @@ def align_backward(
 ) -> Tensor:  # [rows, D]: gradient of the attended vectors, in their place
     """Gradients of parameters and queries are added where they belong."""
     vectors, _, attended, norms, vector_norms = aligned
-    normalise_rows_backward(vectors, vector_norms, grad_vectors)
+    block.steps.normalise_rows_backward(vectors, vector_norms, grad_vectors)
     grads.bias.add_(grad_vectors.sum(0))
     of_products = grad_vectors.to(block.dtype)
     squares = _squares(block, attended, norms)
     add_product(grads.weight, of_products.t(), squares)
     torch.mm(of_products, parameters.weight, out=squares)
-    slopes = block.floats(block.rows)
-    squared_difference.attended_slopes[(-(-block.rows // ROWS),)](
-        block.queries.rows, attended, squares, norms, slopes, block.rows, block.num_queries, block.width, BLOCK_N=ROWS,
-        BLOCK_D=WIDTH,
-    )  # fmt: skip
-    programs = -(-block.num_queries // SUM_ROWS) * -(-block.width // SUM_WIDTH)
-    squared_difference.squared_differences_backward[(programs,)](
-        block.queries.rows, attended, squares, norms, slopes, block.grad_queries, block.groups, block.num_queries,
-        block.width, BLOCK_N=SUM_ROWS, BLOCK_D=SUM_WIDTH,
-    )  # fmt: skip
+    block.steps.squared_differences_backward(block, attended, squares, norms)
     return attended
-
-
-def normalise_rows_backward(rows: Tensor, norms: Tensor, grad: Tensor) -> None:  # [n, S], [n], [n, S] float32
-    """Gradient at rows of length 1 to that before, in place."""
-    row_norms.normalise_rows_backward[(-(-rows.shape[0] // ROWS),)](
-        rows, norms, grad, *rows.shape, BLOCK_N=ROWS, BLOCK_D=WIDTH
-    )
 
 
 def _squares(block: PairBlock, attended: Tensor, norms: Tensor) -> Tensor:  # [rows, D]
     squares = torch.empty_like(attended)
-    squared_difference.squared_differences[(-(-block.rows // ROWS),)](
-        block.queries.rows, attended, squares, norms, block.rows, block.num_queries, block.width, BLOCK_N=ROWS,
-        BLOCK_D=WIDTH,
-    )  # fmt: skip
+    block.steps.squared_differences(block, attended, squares, norms)
     return squares

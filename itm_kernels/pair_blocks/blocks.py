@@ -7,25 +7,28 @@ gradients leaves it. Products are the library's. Query blocks are the outer loop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from itm_kernels.triton import tiles
-from itm_kernels.triton.rows import Block, Side
+from itm_kernels.pair_blocks.rows import Block, Side, blocks
+from itm_kernels.pair_blocks.steps import Steps
 
 # Groups of keys in a block, where the bound leaves the choice: products of a few thousand rows, each of whose weights
 # and keys is used often enough.
 GROUPS = 8
+# Of the workspace, for an allocator that rounds up.
+SLACK = 0.9
 
 
 @dataclass
 class PairBlock:
     """G groups of K keys against L queries; row ``g * L + l`` of any buffer is query l facing group g."""
 
+    steps: Steps
     queries: Block
     keys: Block
     padded: Tensor  # [G, K, D], zeros behind a group's last key
@@ -116,6 +119,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
+def put_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out = left @ right`` in float32, whatever the operands are."""
+    if left.dtype == torch.float32:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(product(left, right))
+
+
 def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``out += left @ right`` in float32, whatever the operands are."""
     if left.dtype == torch.float32:
@@ -129,6 +140,7 @@ class PairBlocks:
 
     def __init__(
         self,
+        steps: Steps,
         queries: Side,
         keys: Side,
         *,
@@ -136,15 +148,16 @@ class PairBlocks:
         matrices: int,  # so many bytes of it for one row and key
         workspace_bytes: int,
         backward: bool,
+        most_queries: int | None = None,  # rows of a block of queries, where something else bounds them
     ) -> None:
-        self.queries, self.keys = queries, keys
+        self.steps, self.queries, self.keys = steps, queries, keys
         self._backward = backward
         element = queries.vectors.element_size()
         # Copies of either side, and gradients that are added where they belong in the end.
         of_vector = queries.width * (2 * element + (8 if backward else 0))
         row_bytes += matrices * keys.most
         group_bytes = keys.most * of_vector
-        room = int(workspace_bytes * tiles.SLACK)
+        room = int(workspace_bytes * SLACK)
         groups = len(keys.bounds) - 1
         longest = max(b - a for a, b in pairwise(queries.bounds))
 
@@ -158,6 +171,8 @@ class PairBlocks:
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (middle, most) if fits(middle, at_once) else (least, middle)
+        if most_queries is not None:
+            least = max(longest, min(least, most_queries))
         while at_once < groups and fits(least, at_once + 1):  # with room left for all queries, more groups
             at_once += 1
         self._rows, self._at_once = least, at_once
@@ -179,27 +194,32 @@ class PairBlocks:
         for start in range(0, groups, step):
             yield start, min(start + step, groups)
 
-    def forward_blocks(self) -> Iterator[tuple[PairBlock, slice, slice]]:
-        """Each block with its groups and segments."""
-        for first, last in self.query_blocks():
-            queries = self.queries.block(first, last)
+    def forward_blocks(
+        self, spans: Iterable[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[PairBlock, slice, slice]]:
+        """Each block with its groups and segments; ``spans``: of these query blocks alone."""
+        for first, last in self.query_blocks() if spans is None else spans:
+            (queries,) = blocks(self.steps.pack, (self.queries, first, last))
             for start, stop in self.key_blocks():
-                keys = self.keys.block(start, stop)
+                (keys,) = blocks(self.steps.pack, (self.keys, start, stop))
                 yield self._block(queries, keys, first, start), slice(start, stop), slice(first, last)
                 del keys
 
     def backward_blocks(
-        self, grad_queries: Tensor, grad_keys: Tensor
-    ) -> Iterator[tuple[PairBlock, slice, slice]]:  # float32, of both sides, added to
+        self,
+        grad_queries: Tensor,  # float32, of both sides, added to
+        grad_keys: Tensor,
+        spans: Iterable[tuple[int, int]] | None = None,
+    ) -> Iterator[tuple[PairBlock, slice, slice]]:
         """The same with places for gradients, added where they belong when the next block is asked for."""
-        for first, last in self.query_blocks():
-            queries = self.queries.block(first, last)
+        for first, last in self.query_blocks() if spans is None else spans:
+            (queries,) = blocks(self.steps.pack, (self.queries, first, last))
             of_queries = self.queries.view_of(grad_queries, first, last)
             direct = of_queries is not None
             if of_queries is None:
                 of_queries = torch.zeros_like(queries.rows, dtype=torch.float32)
             for start, stop in self.key_blocks():
-                keys = self.keys.block(start, stop)
+                (keys,) = blocks(self.steps.pack, (self.keys, start, stop))
                 block = self._block(queries, keys, first, start)
                 block.grad_queries = of_queries
                 in_place = self.keys.whole
@@ -209,7 +229,7 @@ class PairBlocks:
                     block.grad_keys = torch.zeros_like(block.padded, dtype=torch.float32)
                 yield block, slice(start, stop), slice(first, last)
                 if not in_place:
-                    self._add_keys(grad_keys, start, block)
+                    self.steps.add_padded(keys, block.grad_keys, self.keys.rows_of(grad_keys, start))
                 del block, keys
             if not direct:
                 self.queries.add(grad_queries, first, queries, of_queries)
@@ -218,24 +238,6 @@ class PairBlocks:
         if self.keys.whole:
             padded = keys.rows.view(keys.groups, -1, self.keys.width)
         else:
-            from itm_kernels.triton.kernels.groups import pad_groups
-
             padded = keys.rows.new_empty(keys.groups, keys.most, self.keys.width)
-            pad_groups[(self._programs(keys),)](
-                keys.rows, keys.offsets, keys.counts, padded, *padded.shape, BLOCK_N=tiles.PACK_ROWS,
-                BLOCK_D=tiles.NORM_WIDTH,
-            )  # fmt: skip
-        return PairBlock(queries, keys, padded, first_segment, first_group, self._backward)
-
-    def _programs(self, keys: Block) -> int:
-        return keys.groups * -(-keys.most // tiles.PACK_ROWS) * -(-self.keys.width // tiles.NORM_WIDTH)
-
-    def _add_keys(self, grad_keys: Tensor, start: int, block: PairBlock) -> None:
-        from itm_kernels.triton.kernels.groups import add_padded
-
-        keys = block.keys
-        add_padded[(self._programs(keys),)](
-            block.grad_keys, keys.offsets, keys.counts, self.keys.rows_of(grad_keys, start), keys.groups, keys.most,
-            0 if keys.extent is None else keys.extent, self.keys.width, PACKED=keys.extent is None,
-            BLOCK_N=tiles.PACK_ROWS, BLOCK_D=tiles.NORM_WIDTH,
-        )  # fmt: skip
+            self.steps.pad_groups(keys, padded)
+        return PairBlock(self.steps, queries, keys, padded, first_segment, first_group, self._backward)

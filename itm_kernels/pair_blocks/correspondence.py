@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from itm_kernels.ops.parameters import CorrespondenceParameters
-from itm_kernels.triton.kernels import gates
-from itm_kernels.triton.pair_blocks import PairBlock, add_product, product
-from itm_kernels.triton.pair_tiles import GATED_ROWS, ROWS, SUM_ROWS, SUM_WIDTH, WIDTH
+from itm_kernels.pair_blocks.blocks import PairBlock, add_product, product
 
 
 class Regulated(NamedTuple):
@@ -42,7 +40,7 @@ def regulate(
     last: bool,
 ) -> Regulated:
     """One step; no gate is kept for another one after the last."""
-    hidden = _tanh(product(vectors, parameters.hidden_weight.t()), parameters.hidden_bias, block.dtype)
+    hidden = _tanh(block, product(vectors, parameters.hidden_weight.t()), parameters.hidden_bias, block.dtype)
     gates_before = None if before is None else before.gates
     gated = torch.mm(hidden, parameters.gate_weight.t())
     if not block.keeps:
@@ -52,15 +50,11 @@ def regulate(
     if not last:  # without a backward the gate may take the place of the one before, element by element
         reused = gates_before is not None and not block.keeps
         handed_on = gates_before if reused else torch.empty_like(gated)
-    gates.gate_queries[(-(-block.rows // ROWS) * -(-block.width // WIDTH),)](
-        block.queries.rows, parameters.gate_bias, gates_before, gated, tangents, handed_on, block.rows,
-        block.num_queries, block.width, CHAINED=gates_before is not None, KEEPS=block.keeps, HANDS_ON=not last,
-        BLOCK_N=ROWS, BLOCK_D=WIDTH,
-    )  # fmt: skip
+    block.steps.gate_queries(block, parameters.gate_bias, gates_before, gated, tangents, handed_on)
     products = block.products_with(gated)
 
     of_temperature = product(vectors, parameters.temperature_hidden_weight.t())
-    of_temperature = _tanh(of_temperature, parameters.temperature_hidden_bias, torch.float32)
+    of_temperature = _tanh(block, of_temperature, parameters.temperature_hidden_bias, torch.float32)
     shift = parameters.temperature_bias + (temperature if before is None else before.temperatures)
     warmer = torch.addmv(shift.expand(block.rows), of_temperature, parameters.temperature_weight).relu_()
     if not block.keeps:
@@ -85,18 +79,13 @@ def regulate_backward(
     assert regulated.temperature_hidden is not None
     block.add_to_keys(grad_products, regulated.gated)
     grad_gated = block.combine_keys(grad_products)
-    parts = -(-block.num_queries // GATED_ROWS)
-    sums = block.floats(parts, block.width)
-    gates.gate_queries_backward[(parts * -(-block.width // SUM_WIDTH),)](
-        block.queries.rows, regulated.before, regulated.tangents, grad_gated, grad_gates, block.grad_queries, sums,
-        block.groups, block.num_queries, block.width, CHAINED=regulated.before is not None,
-        CARRIES=grad_gates is not None, BLOCK_N=GATED_ROWS, BLOCK_D=SUM_WIDTH,
-    )  # fmt: skip
+    assert regulated.tangents is not None
+    sums = block.steps.gate_queries_backward(block, regulated.before, regulated.tangents, grad_gated, grad_gates)
     grads.gate_bias.add_(sums.sum(0))
     add_product(grads.gate_weight, grad_gated.t(), regulated.hidden)
     after = product(grad_gated, parameters.gate_weight)
     del grad_gated
-    grad_hidden = _tanh_backward(regulated.hidden, after, None, block.dtype, grads.hidden_bias)
+    grad_hidden = _tanh_backward(block, regulated.hidden, after, None, grads.hidden_bias)
     del after
     add_product(grads.hidden_weight, grad_hidden.t(), vectors)
     add_product(grad_vectors, grad_hidden, parameters.hidden_weight)
@@ -106,7 +95,7 @@ def regulate_backward(
     grads.temperature_weight.addmv_(regulated.temperature_hidden.t(), grad_temperatures)
     grads.temperature_bias.add_(grad_temperatures.sum())
     grad_hidden = _tanh_backward(
-        regulated.temperature_hidden, grad_temperatures, parameters.temperature_weight, block.dtype,
+        block, regulated.temperature_hidden, grad_temperatures, parameters.temperature_weight,
         grads.temperature_hidden_bias,
     )  # fmt: skip
     add_product(grads.temperature_hidden_weight, grad_hidden.t(), vectors)
@@ -114,29 +103,19 @@ def regulate_backward(
     return grad_temperatures
 
 
-def _tanh(rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:  # [rows, H] float32
+def _tanh(block: PairBlock, rows: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:  # [rows, H] float32
     out = rows if dtype == rows.dtype else torch.empty_like(rows, dtype=dtype)
-    count, width = rows.shape
-    gates.tanh_rows[(-(-count // ROWS) * -(-width // WIDTH),)](
-        rows, bias, out, count, width, BLOCK_N=ROWS, BLOCK_D=WIDTH
-    )
+    block.steps.tanh_rows(rows, bias, out)
     return out
 
 
 def _tanh_backward(
+    block: PairBlock,
     tangents: Tensor,  # [rows, H]
     grad: Tensor,  # [rows, H] float32, or [rows]: times `factors`
     factors: Tensor | None,  # [H]
-    dtype: torch.dtype,
     grad_bias: Tensor,  # [H], added to
-) -> Tensor:  # [rows, H]
-    count, width = tangents.shape
-    parts = -(-count // SUM_ROWS)
-    out = torch.empty_like(tangents, dtype=dtype)
-    sums = torch.empty(parts, width, dtype=torch.float32, device=tangents.device)
-    gates.tanh_rows_backward[(parts * -(-width // SUM_WIDTH),)](
-        tangents, grad, factors, out, sums, count, width, OUTER=factors is not None, BLOCK_N=SUM_ROWS,
-        BLOCK_D=SUM_WIDTH,
-    )  # fmt: skip
-    grad_bias.add_(sums.sum(0))
+) -> Tensor:  # [rows, H], for products
+    out = torch.empty_like(tangents, dtype=block.dtype)
+    grad_bias.add_(block.steps.tanh_rows_backward(tangents, grad, factors, out).sum(0))
     return out

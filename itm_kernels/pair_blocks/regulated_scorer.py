@@ -9,10 +9,8 @@ from torch import Tensor
 
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import RegulatedParameters
-from itm_kernels.triton import aggregation, alignment, correspondence
-from itm_kernels.triton.kernels import cosines
-from itm_kernels.triton.pair_blocks import PairBlock
-from itm_kernels.triton.pair_tiles import ROWS, SUM_ROWS, SUM_WIDTH, WIDTH
+from itm_kernels.pair_blocks import aggregation, alignment, correspondence
+from itm_kernels.pair_blocks.blocks import PairBlock
 
 
 class _Attended(NamedTuple):
@@ -27,7 +25,7 @@ class RegulatedScorer:
 
     def __init__(self, block: PairBlock, parameters: RegulatedParameters, options: RegulatedOptions) -> None:
         self.block, self.parameters, self.options = block, parameters, options
-        self.dropout = aggregation.Dropout.of(block, options)
+        self.masks = aggregation.masks_of(block, options)
         self.steps: list[_Attended] = []
         self.regulated: list[correspondence.Regulated] = []
         self.pooled: list[aggregation.Pooled] = []
@@ -130,7 +128,9 @@ class RegulatedScorer:
 
     def _pool(self, step: int) -> None:
         of_step = self._of("aggregation", step)
-        made = aggregation.pool(self.block, self.steps[-1].aligned, self._vectors(), of_step, self.dropout, step)
+        made = aggregation.pool(
+            self.block, self.steps[-1].aligned, self._vectors(), of_step, self.masks._replace(step=step)
+        )
         self._hold(self.pooled, made)
 
     def _pool_backward(
@@ -140,7 +140,7 @@ class RegulatedScorer:
         aligned = self.steps[step if self.options.regulator == "rcar" else 0].aligned
         return aggregation.pool_backward(
             self.block, self.pooled.pop(), aligned, grad_pooled, self._of("aggregation", step),
-            _at(grads.aggregation, step), grad_vectors, self.dropout, step,
+            _at(grads.aggregation, step), grad_vectors, self.masks._replace(step=step),
         )  # fmt: skip
 
     def _logits(self) -> Tensor:  # [pairs]
@@ -162,23 +162,15 @@ class RegulatedScorer:
         block = self.block
         made = block.floats(block.rows, 1)
         slopes = block.floats(3, block.rows) if block.keeps else None
-        cosines.cosine_rows[(-(-block.rows // ROWS),)](
-            block.queries.rows, attention.attended, made, slopes, block.rows, block.num_queries, block.width,
-            KEEPS=block.keeps, BLOCK_N=ROWS, BLOCK_D=WIDTH,
-        )  # fmt: skip
+        block.steps.cosine_rows(block, attention.attended, made, slopes)
         if block.keeps:
             self.end, self.slopes = attention, slopes
         return aggregation.mean(block, made).view(block.groups, -1)
 
     def _mean_cosines_backward(self, grad_scores: Tensor, attended: Tensor) -> None:
         """That of the attended vectors takes their place."""
-        block = self.block
-        programs = -(-block.num_queries // SUM_ROWS) * -(-block.width // SUM_WIDTH)
-        cosines.cosine_rows_backward[(programs,)](
-            block.queries.rows, attended, self.slopes, block.queries.segments, block.queries.counts, grad_scores,
-            block.grad_queries, block.groups, block.num_queries, block.segments, block.width, BLOCK_N=SUM_ROWS,
-            BLOCK_D=SUM_WIDTH,
-        )  # fmt: skip
+        assert self.slopes is not None
+        self.block.steps.cosine_rows_backward(self.block, attended, self.slopes, grad_scores)
 
 
 def _at(stage: Any, step: int) -> Any:

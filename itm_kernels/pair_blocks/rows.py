@@ -8,6 +8,7 @@ and tables of both sides in one launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from itm_kernels.layout import offsets_of
-from itm_kernels.triton import tiles
-from itm_kernels.triton.directions import Packing
+from itm_kernels.pair_blocks.records import Packing
 
 
 @dataclass
@@ -84,10 +84,6 @@ class Side:
         """Whether blocks share the memory of the input."""
         return self.in_place and self.vectors.is_contiguous() and not self.padded
 
-    def block(self, start: int, stop: int) -> Block:
-        """Groups ``start`` to ``stop``."""
-        return blocks((self, start, stop))[0]
-
     def packing(self, start: int, stop: int) -> tuple[Block, Packing | None]:
         """Groups ``start`` to ``stop``, and what is to be packed before they can be used."""
         first, last = self.bounds[start], self.bounds[stop]
@@ -138,16 +134,12 @@ class Side:
         gradient[place] = gradient[place].add_(rows)
 
 
-def blocks(*wanted: tuple[Side, int, int]) -> list[Block]:
-    """Groups of sides, packed in one launch where there is anything to pack."""
-    from itm_kernels.triton.kernels import pack
-
+def blocks(pack: Callable[[tuple[Packing, ...], int], None], *wanted: tuple[Side, int, int]) -> list[Block]:
+    """Groups of sides; ``pack`` is given all that there is to pack, and its width."""
     made = [side.packing(start, stop) for side, start, stop in wanted]
     packings = tuple(packing for _, packing in made if packing is not None)
     if packings:
-        pack.pack[(sum(packing.groups for packing in packings),)](
-            packings, wanted[0][0].width, SIDES=len(packings), BLOCK_N=tiles.PACK_ROWS, BLOCK_D=tiles.NORM_WIDTH
-        )
+        pack(packings, wanted[0][0].width)
     return [block for block, _ in made]
 
 
@@ -161,7 +153,7 @@ def _to_device(table: Tensor, device: torch.device, what: str) -> Tensor:
         return table
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"cross_attention_scores: under CUDA graph capture {what} on the host cannot reach the device; give "
+            f"under CUDA graph capture {what} on the host cannot reach the device; give "
             + ("a CaptionLayout" if what == "word_counts" else "a device tensor")
         )
     return table.pin_memory().to(device, non_blocking=True)
