@@ -24,13 +24,14 @@ PACKAGE = ROOT / "itm_kernels"
 CSRC = ROOT / "csrc"
 LOWEST = ("reference", "eager", "native", "triton")
 # One implementation in torch ops serves every floor: no rooms below.
-WITHOUT_FLOORS = {"attention_states", "contrastive_loss", "triplet_loss"}
+WITHOUT_FLOORS = {"attention_states", "contrastive_loss", "scores_and_constraints", "swapped_fragments", "triplet_loss"}
 # What ops share, and what the native floor shares among its ops.
 HELPERS = {
     "ops": {
         "attention_options",
         "autograd",
         "batch_norm",
+        "constraint_options",
         "dropout",
         "library",
         "options",
@@ -40,7 +41,15 @@ HELPERS = {
         "stages",
     },
     "native": {"packing", "devices"},
-    "eager": {"blocks", "norms", "stage_blocks"},
+    "eager": {
+        "all_constraints",
+        "attention_weights",
+        "blocks",
+        "chosen_pairs",
+        "constraint_terms",
+        "norms",
+        "stage_blocks",
+    },
     "reference": {"common", "stages"},
 }
 # What a floor may take from the contracts: records, checks, and what both sides must agree on to the bit.
@@ -48,6 +57,7 @@ SHARED = (
     "layout",
     "pair_blocks",
     "ops.attention_options",
+    "ops.constraint_options",
     "ops.dropout",
     "ops.options",
     "ops.pairs",

@@ -16,9 +16,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from itm_kernels.eager.attention_weights import feature_norm, focal
 from itm_kernels.eager.blocks import Batch, Side
 from itm_kernels.eager.norms import EPS, root
 from itm_kernels.ops.options import ScoreOptions
@@ -67,10 +67,10 @@ def _attend(
 ) -> Tensor:  # [A, B]
     groups, keys, partners, queries = products.shape
     key_mask = key_valid[:, :, None, None]
-    logits = options.lambda_softmax * _feature_norm(products, query_valid, options.raw_feature_norm)
+    logits = options.lambda_softmax * feature_norm(products, query_valid, options.raw_feature_norm)
     weights = torch.softmax(logits.masked_fill(~key_mask, -torch.inf), dim=1)
     if options.focal != "none":
-        weights = _focal(weights, key_valid.sum(1)[:, None, None, None], options.focal)
+        weights = focal(weights, key_valid.sum(1)[:, None, None, None], options.focal)
     dot = (weights * products).sum(1)  # [A, B, Q]
     image = (gram @ weights.flatten(2)).view(groups, keys, partners, queries)
     quadratic = (weights * image).sum(1)
@@ -79,31 +79,6 @@ def _attend(
     if options.peak_weight:
         scores = scores + options.peak_weight * _aggregate(weights.max(dim=1).values, query_valid, options)
     return scores
-
-
-def _feature_norm(products: Tensor, query_valid: Tensor, name: str) -> Tensor:  # over the last axis
-    if name == "softmax":
-        return torch.softmax(products.masked_fill(~query_valid, -torch.inf), dim=-1)
-    x = F.leaky_relu(products, 0.1) if name.startswith("clipped") else products
-    if not name.endswith(("l2norm", "l1norm")):
-        return x
-    counted = torch.where(query_valid, x, 0.0)
-    if name.endswith("l2norm"):
-        norm = root((counted * counted).sum(-1, keepdim=True))
-    else:
-        norm = counted.abs().sum(-1, keepdim=True)
-    return torch.where(norm > 0, x / (norm + EPS), 0.0)
-
-
-def _focal(weights: Tensor, keys: Tensor, name: str) -> Tensor:  # [A, K, B, Q]; keys: valid ones
-    if name == "equal":
-        kept = keys * weights - weights.sum(1, keepdim=True) > 0
-    else:
-        share = weights.detach().sqrt()
-        kept = weights * share.sum(1, keepdim=True) - (weights * share).sum(1, keepdim=True) > 0
-    kept = kept | ~kept.any(1, keepdim=True)
-    weights = torch.where(kept, weights, 0.0)
-    return weights / weights.sum(1, keepdim=True)
 
 
 def _aggregate(x: Tensor, valid: Tensor, options: ScoreOptions) -> Tensor:  # [A, B, Q] -> [A, B]

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from itm_pipeline.config import SCORER_OPTIONS, ModelConfig, TrainConfig
+from itm_pipeline.config import SCORER_OPTIONS, ConstraintConfig, ModelConfig, TrainConfig
 from itm_pipeline.errors import UserError
 
 
@@ -21,7 +21,7 @@ def check(config: TrainConfig) -> None:
         One sentence that names the option, what it must be and what was given.
     """
     # Configurations made in code bypass the parser, so the closed sets are checked here as well.
-    for owner in (config, config.model):
+    for owner in (config, config.model, config.constraints):
         _check_choices(owner)
     whole = {
         "--embed-dim": (config.model.embed_dim, 1),
@@ -62,6 +62,7 @@ def check(config: TrainConfig) -> None:
     if not 0 <= config.augment_captions <= 1:
         raise UserError(f"--augment-captions must be a share from 0 to 1, got {config.augment_captions}")
     _check_model(config.model)
+    _check_constraints(config.constraints, config.model)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -99,7 +100,27 @@ def _check_applies(model: ModelConfig) -> None:
             raise UserError(f"{option} {value} would do nothing with {scorer}: leave it out")
 
 
-def _check_choices(owner: TrainConfig | ModelConfig) -> None:
+def _check_constraints(constraints: ConstraintConfig, model: ModelConfig) -> None:
+    for name in ("ccr", "ccs", "ccr_margin", "ccs_margin", "constraint_warmup_epochs"):
+        value = getattr(constraints, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
+    if constraints.ccs_swap == "content" and model.scorer == "regulated":
+        raise UserError("--ccs-swap must be query with --scorer regulated, got content: a swap has no gate of its own")
+    taken = {"ccr", "ccs"}
+    taken |= {"ccr_margin"} if constraints.ccr else set()
+    taken |= {"ccs_margin", "ccs_swap", "detach_swapped"} if constraints.ccs else set()
+    taken |= {"constraint_reduction", "constraint_warmup_epochs"} if constraints.active else set()
+    for item in dataclasses.fields(constraints):
+        value = getattr(constraints, item.name)
+        if item.name not in taken and value != item.default:
+            option = "--" + item.name.replace("_", "-")
+            needed = "--ccr" if item.name == "ccr_margin" else "--ccr or --ccs"
+            needed = "--ccs" if item.name in ("ccs_margin", "ccs_swap", "detach_swapped") else needed
+            raise UserError(f"{option} would do nothing without {needed}: leave it out")
+
+
+def _check_choices(owner: TrainConfig | ModelConfig | ConstraintConfig) -> None:
     for name, hint in typing.get_type_hints(type(owner)).items():
         allowed = _choices(hint)
         value = getattr(owner, name)

@@ -6,6 +6,7 @@ options, and turns `UserError` into one sentence and exit code 2.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -109,6 +110,7 @@ def _stoppable(action: Any) -> int:
 
 
 def _evaluate(command: Evaluate) -> int:
+    from itm_pipeline.attention import attention_table
     from itm_pipeline.evaluate import evaluate, metrics_path, table
 
     metrics = evaluate(
@@ -120,9 +122,18 @@ def _evaluate(command: Evaluate) -> int:
         scores=command.scores,
         device=command.device,
         block_mib=command.block_mib,
+        attention=command.attention,
+        attention_threshold=command.attention_threshold,
+        attention_average=command.attention_average,
     )
     print(table(metrics))
-    print(f"written to {metrics_path(command.run, command.split, command.checkpoint, fold5=command.fold5)}")
+    written = metrics_path(command.run, command.split, command.checkpoint, fold5=command.fold5)
+    if command.attention is not None:
+        found = json.loads(written.read_text(encoding="utf-8"))["attention"]
+        words = found["words"]
+        print(f"\nattention: {words['with_box']} words with boxes ({words['without_box']} more of phrases without)")
+        print(attention_table(found))
+    print(f"written to {written}")
     if command.scores is not None:
         print(f"scores written to {command.scores}")
     return 0

@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Retrieval of a trained model: prints a table and writes it into the run as JSON."""
+    """Retrieval of a trained model, and its attention: prints tables and writes them into the run as JSON."""
 
     run: Path
     """Run folder that `itm train` made."""
@@ -27,6 +27,12 @@ class Evaluate:
     """auto, cpu, cuda or cuda:N."""
     block_mib: int | None = None
     """Bound on encoded images and captions held at once, MiB. Default: the run's --eval-block-mib."""
+    attention: Path | None = None
+    """Also judge where words attend, by the boxes in this folder's Sentences/ and Annotations/ (Flickr30K Entities)."""
+    attention_threshold: float | None = None
+    """A region is attended to when its weight is larger than this. Default: 1/n, n the regions of an image."""
+    attention_average: Literal["macro", "micro"] = "macro"
+    """Precision and recall as means over words (macro), or of the regions of all words together (micro)."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ AggFunc = Literal["LogSumExp", "Mean", "Max", "Sum"]
 Focal = Literal["equal", "prob"]
 Regulator = Literal["rar", "rcr", "rcar"]
 Precision = Literal["fp32", "bf16"]
+Swap = Literal["query", "content"]
+Reduction = Literal["sum", "mean"]
 Backend = Literal["auto", "native", "triton", "eager", "reference"]
 PresetName = Literal[
     "scan-t2i", "scan-t2i-avg", "scan-i2t", "scan-i2t-avg", "bfan-equal", "bfan-prob",
@@ -86,6 +88,33 @@ def sgraf(model: ModelConfig) -> bool:
 
 
 @dataclass(frozen=True)
+class ConstraintConfig:
+    """Losses on the attention of matched pairs, beside the hinge loss: CCR and CCS."""
+
+    ccr: float = 0.0
+    """Weight of content re-sourcing: a query is closer to what it attends to than to what it ignores. 0: none."""
+    ccs: float = 0.0
+    """Weight of content swapping: what a query attends to is closer to it than to one of another image. 0: none."""
+    ccr_margin: float = 0.2
+    """Of --ccr: margin of its hinge."""
+    ccs_margin: float = 0.2
+    """Of --ccs: margin of its hinge."""
+    ccs_swap: Swap = "query"
+    """Of --ccs: swap the query, or what it attends to (content)."""
+    detach_swapped: bool = False
+    """Of --ccs: no gradient into what is swapped in."""
+    constraint_reduction: Reduction = "sum"
+    """Of --ccr and --ccs: sum or mean over the pairs of a batch, of each pair's mean over its queries."""
+    constraint_warmup_epochs: int = 0
+    """Of --ccr and --ccs: epochs before they begin to count."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is such a loss at all."""
+        return bool(self.ccr or self.ccs)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What to train on."""
 
@@ -103,6 +132,7 @@ class TrainConfig:
 
     dataset: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
+    constraints: ConstraintConfig = field(default_factory=ConstraintConfig)
     preset: PresetName = "scan-t2i"
     """Published settings to start from; every other option overrides them."""
     run: Path | None = None

@@ -1,16 +1,21 @@
-"""Evaluate a run: retrieval both ways, as a table and as JSON."""
+"""Evaluate a run: retrieval both ways and, where words have boxes, attention; as tables and as JSON."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from itm_pipeline.attention import attention_metrics
 from itm_pipeline.data import PrecompSplit
+from itm_pipeline.entities import read_words
 from itm_pipeline.environment import pick_device
 from itm_pipeline.errors import UserError
 from itm_pipeline.metrics import five_fold, retrieval
+from itm_pipeline.metrics.attention import AVERAGES
 from itm_pipeline.runs.files import replace_file, write_json
 from itm_pipeline.runs.folder import Which, open_run
 from itm_pipeline.scoring import score_matrix
@@ -28,6 +33,9 @@ def evaluate(
     scores: Path | None = None,
     device: str = "auto",
     block_mib: int | None = None,
+    attention: Path | None = None,
+    attention_threshold: float | None = None,
+    attention_average: str = "macro",
 ) -> dict[str, float]:
     """Retrieval of a run's model on one split; also written into the run as JSON.
 
@@ -49,6 +57,11 @@ def evaluate(
         auto, cpu, cuda or cuda:N.
     block_mib
         Bound on encoded images and captions held at once, MiB; by default the run's own.
+    attention
+        Folder with `Sentences/` and `Annotations/` of Flickr30K Entities: judges the attention as well. What was found
+        stands in the JSON, under `attention`.
+    attention_threshold, attention_average
+        As in `itm_pipeline.metrics.attention`.
 
     Returns
     -------
@@ -63,6 +76,7 @@ def evaluate(
     place = pick_device(device)
     if block_mib is not None and block_mib < 1:
         raise UserError(f"--block-mib must be at least 1, got {block_mib}")
+    _check_attention_options(attention, attention_threshold, attention_average)
     if scores is not None and not scores.absolute().parent.is_dir():
         raise UserError(f"--scores {scores}: the folder {scores.parent} does not exist; make it first")
     folder = open_run(run)
@@ -74,14 +88,22 @@ def evaluate(
             f"--fold5 needs a number of images that five divides, {split} in {pictures.folder} has "
             f"{pictures.num_images}; leave it out"
         )
-    matrix = score_matrix(
-        model,
-        pictures,
-        vocabulary,
-        block_bytes=(block_mib if block_mib is not None else folder.config.eval_block_mib) * 2**20,
-        device=place,
-        progress=True,
-    )
+    block_bytes = (block_mib if block_mib is not None else folder.config.eval_block_mib) * 2**20
+    judged: dict[str, Any] = {}
+    if attention is not None:  # first: files of strangers fail early
+        found = attention_metrics(
+            model,
+            pictures,
+            vocabulary,
+            read_words(attention, pictures),
+            threshold=attention_threshold,
+            average=attention_average,
+            block_bytes=block_bytes,
+            device=place,
+            progress=True,
+        )
+        judged = {"attention": {"folder": str(attention), **found}}
+    matrix = score_matrix(model, pictures, vocabulary, block_bytes=block_bytes, device=place, progress=True)
     protocol = five_fold if fold5 else retrieval
     metrics = protocol(matrix, pictures.captions_per_image)
     if scores is not None:
@@ -97,9 +119,20 @@ def evaluate(
             "checkpoint": checkpoint,
             "epoch": checkpoint_epoch(saved.values),
             "metrics": metrics,
+            **judged,
         },
     )
     return metrics
+
+
+def _check_attention_options(folder: Path | None, threshold: float | None, average: str) -> None:
+    if average not in AVERAGES:
+        raise UserError(f"--attention-average must be one of {', '.join(AVERAGES)}, got {average!r}")
+    if threshold is not None and not (math.isfinite(threshold) and 0 <= threshold < 1):
+        raise UserError(f"--attention-threshold must be at least 0 and less than 1, got {threshold}")
+    if folder is None and (threshold is not None or average != "macro"):
+        given = "--attention-average" if threshold is None else "--attention-threshold"
+        raise UserError(f"{given} would do nothing without --attention DIR: leave it out, or give the folder")
 
 
 def metrics_path(run: Path, split: str, checkpoint: Which, *, fold5: bool) -> Path:

@@ -48,6 +48,28 @@ def caption_blocks(word_counts: list[int], embed_dim: int, block_bytes: int) -> 
     return blocks
 
 
+def check_fits(model: MatchingModel, split: PrecompSplit) -> None:
+    """Refuse features that a model cannot take.
+
+    Raises
+    ------
+    UserError
+        They have another width than those the model was trained on, or images another number of regions than the one
+        that it can score.
+    """
+    _, regions, width = split.features.shape
+    if width != model.feature_dim:
+        raise UserError(
+            f"{split.folder}: {split.split}_ims.npy has features of width {width}, the model was trained on width "
+            f"{model.feature_dim}; give features of the extractor that it was trained with"
+        )
+    if model.region_slots not in (None, regions):
+        raise UserError(
+            f"{split.folder}: {split.split}_ims.npy has {regions} regions an image, the model was trained on "
+            f"{model.region_slots} and knows each by its place; give features of as many regions"
+        )
+
+
 @torch.inference_mode()
 def score_matrix(
     model: MatchingModel,
@@ -87,21 +109,11 @@ def score_matrix(
     Raises
     ------
     UserError
-        The features have another width than those the model was trained on, or images another number of regions
-        than the one that the model can score.
+        The features do not fit the model, as in `check_fits`.
     """
     place = torch.device(device) if device is not None else next(model.parameters()).device
+    check_fits(model, split)
     _, regions, width = split.features.shape
-    if width != model.feature_dim:
-        raise UserError(
-            f"{split.folder}: {split.split}_ims.npy has features of width {width}, the model was trained on width "
-            f"{model.feature_dim}; give features of the extractor that it was trained with"
-        )
-    if model.region_slots not in (None, regions):
-        raise UserError(
-            f"{split.folder}: {split.split}_ims.npy has {regions} regions an image, the model was trained on "
-            f"{model.region_slots} and knows each by its place; give features of as many regions"
-        )
     model.to(place).eval()
     embed_dim = model.config.embed_dim
     tokens = [vocabulary.encode(caption) for caption in split.captions]
@@ -123,11 +135,11 @@ def score_matrix(
     ) as bar:
         for captions in word_blocks:
             counts = [len(tokens[caption]) for caption in captions]
-            words = _encode_captions(model, [tokens[caption] for caption in captions], place)
+            words = encode_captions(model, [tokens[caption] for caption in captions], place)
             for first, last in image_blocks:
                 if on_block is not None:
                     on_block()
-                encoded = kept if kept is not None else _encode_images(model, split, first, last, chunk, place)
+                encoded = kept if kept is not None else encode_images(model, split, first, last, chunk, place)
                 if len(image_blocks) == 1:
                     kept = encoded
                 scores[first:last, captions] = model.score(encoded, words, counts).float().cpu().numpy()
@@ -135,9 +147,10 @@ def score_matrix(
     return scores
 
 
-def _encode_images(
+def encode_images(
     model: MatchingModel, split: PrecompSplit, first: int, last: int, chunk: int, device: torch.device
 ) -> Tensor:  # [last - first, R, D]
+    """Regions of some unique images in the joint space; the features of `chunk` images are read at a time."""
     parts = []
     for start in range(first, last, chunk):
         rows = split.image_rows[start : min(start + chunk, last)]
@@ -146,7 +159,8 @@ def _encode_images(
     return torch.cat(parts)
 
 
-def _encode_captions(model: MatchingModel, tokens: list[list[int]], device: torch.device) -> Tensor:  # [C, W, D]
+def encode_captions(model: MatchingModel, tokens: list[list[int]], device: torch.device) -> Tensor:  # [C, W, D]
+    """Words in the joint space, padded with zeros to the longest of these captions."""
     width = max(map(len, tokens))
     words = torch.zeros(len(tokens), width, model.config.embed_dim, device=device)
     for start in range(0, len(tokens), ENCODE_CAPTIONS):

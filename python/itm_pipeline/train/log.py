@@ -1,8 +1,9 @@
 """The log of a run: `log.jsonl`, one JSON object a line, and TensorBoard where it is installed.
 
 Kinds of lines: `train` (step, epoch, loss, loss_per_caption, lr, seconds, images_per_s; a line sums up `--log-every`
-steps, `loss` is their mean), `eval` (step, epoch, the metrics), `collapse` (step, message) and `resume` (step). Steps
-and epochs count from 1 and tell how many were done.
+steps, `loss` is their mean; with CCR or CCS also constraints, their mean, which `loss` does not hold), `eval` (step,
+epoch, the metrics), `collapse` (step, message) and `resume` (step). Steps and epochs count from 1 and tell how many
+were done.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from itm_pipeline.metrics import retrieval
 from itm_pipeline.runs import checkpoint as files
 from itm_pipeline.runs.folder import build_model, create_run, open_run
 from itm_pipeline.train.collapse import CollapseDetector
+from itm_pipeline.train.constraints import Constraints
 from itm_pipeline.train.display import Display
 from itm_pipeline.train.feed import batches
 from itm_pipeline.train.log import RunLog
@@ -126,6 +127,9 @@ class Trainer:
             if self.config.augment_captions
             else None
         )
+        self.constraints = (
+            Constraints(self.config, session.vocabulary, device) if self.config.constraints.active else None
+        )
         self.collapse = CollapseDetector(self.config.margin)
         self.progress = Progress()
         self.recent = Window()
@@ -134,7 +138,7 @@ class Trainer:
         """Since the epoch began, up to the last line of the log."""
         self.log_bytes = 0
         # Read on log lines only: reading a loss waits for the GPU.
-        self.unread = torch.zeros((), dtype=torch.float64, device=device)
+        self.unread = torch.zeros(2, dtype=torch.float64, device=device)  # hinge loss, constraints
 
     def create(self) -> None:
         """Make the run folder, with a checkpoint of the first weights."""
@@ -231,26 +235,32 @@ class Trainer:
         tokens = batch.tokens.to(self.device)
         groups = batch.image_index.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            scores = self.model(features, tokens, batch.word_counts)
+            regions = self.model.encode_images(features)
+            words = self.model.encode_captions(tokens, batch.word_counts)
+            scores = self.model.score(regions, words, batch.word_counts)
         loss = triplet_loss(
             scores, margin=self.config.margin, hardest=hardest, image_groups=groups, caption_groups=groups
         )
+        of_constraints = torch.zeros((), device=self.device)
+        if self.constraints is not None and self.constraints.act(self.progress.epoch):
+            of_constraints = self.constraints.loss(self.model.sim_enc, regions, words, batch, self.progress.step)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss + of_constraints)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         # A gradient that is no number ruins the weights one step before the loss shows it.
-        self.unread += torch.where(norm.isfinite(), loss.detach(), torch.nan)
+        self.unread += torch.where(norm.isfinite(), torch.stack([loss.detach(), of_constraints.detach()]), torch.nan)
 
     def _read_loss(self) -> None:
         """Bring the losses of the last steps to the host, and stop where they are no numbers."""
-        loss = self.unread.item()
+        loss, of_constraints = self.unread.tolist()
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss became {loss} by step {self.progress.step}: the features may be too large or --lr "
                 f"{self.config.lr:g} too high; {self.folder.checkpoint_path('last')} still holds the weights of before"
             )
         self.recent.loss += loss
+        self.recent.constraints += of_constraints
         self.unread.zero_()
 
     def _log_recent(self, hardest: bool) -> None:
@@ -265,6 +275,7 @@ class Trainer:
             lr=learning_rate(self.config, p.epoch),
             seconds=p.seconds,
             images_per_s=recent.images_per_s,
+            **({} if self.constraints is None else {"constraints": recent.mean_constraints}),
         )
         self.display.numbers(recent.mean_loss, recent.images_per_s)
         warning = self.collapse.update(recent.loss_per_caption, recent.steps, hardest=hardest)

@@ -29,6 +29,8 @@ class Window:
     """Sums over a stretch of steps; exact in JSON, which keeps every bit of a double."""
 
     loss: float = 0.0
+    constraints: float = 0.0
+    """CCR and CCS, which `loss` does not hold."""
     captions: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -36,6 +38,7 @@ class Window:
     def add(self, other: Window) -> None:
         """Add the sums of another stretch."""
         self.loss += other.loss
+        self.constraints += other.constraints
         self.captions += other.captions
         self.steps += other.steps
         self.seconds += other.seconds
@@ -44,6 +47,11 @@ class Window:
     def mean_loss(self) -> float:
         """Loss per step."""
         return self.loss / max(self.steps, 1)
+
+    @property
+    def mean_constraints(self) -> float:
+        """CCR and CCS per step."""
+        return self.constraints / max(self.steps, 1)
 
     @property
     def loss_per_caption(self) -> float:
