@@ -133,8 +133,16 @@ ITM_LIBRARY(ITM_NAMESPACE, m) {
   m.def(
       "whole_squares_backward(Tensor images, Tensor captions, Tensor grad_squares, Tensor(a!) grad_images, "
       "Tensor(b!) grad_captions) -> ()");
-  // SAF: nodes -> logits -> scores; scores -> two sums a pair and, where they are given, gradients of nodes and parameters
+  // SAF: nodes -> logits -> one vector a pair, or its score; gradients of these -> two sums a pair and, where they are
+  // given, gradients of nodes and parameters
   m.def("node_logits(Tensor nodes, Tensor weight, float bias, Tensor(a!) logits) -> ()");
+  m.def(
+      "filter_nodes(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, float norm_weight, "
+      "float norm_bias, float eps, Tensor(a!) filtered) -> ()");
+  m.def(
+      "filter_nodes_backward(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, float norm_weight, "
+      "float norm_bias, float eps, Tensor grad_filtered, Tensor weight, Tensor means, Tensor(a!) slopes, "
+      "Tensor(b!)? grad_nodes, Tensor(c!)? sums) -> ()");
   m.def(
       "filtrate_nodes(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, float norm_weight, "
       "float norm_bias, float eps, Tensor score_weight, float score_bias, Tensor(a!) scores) -> ()");
@@ -150,6 +158,85 @@ ITM_LIBRARY(ITM_NAMESPACE, m) {
       "Tensor(a!) asking, Tensor(b!) grad_nodes, Tensor(c!) grad_shift) -> ()");
   m.def("relu_rows(Tensor(a!) rows, Tensor bias, Tensor(b!)? wide) -> ()");
   m.def("relu_rows_backward(Tensor grad, Tensor(a!) rows, Tensor(b!) grad_bias) -> ()");
+
+  // stages of RCAR and SGRAF on a GPU, on a block of pairs (itm_kernels/pair_blocks/steps.py): row g x L + l is query l
+  // facing key group g. One side of a block: its rows packed, and padded groups
+  m.def(
+      "block_pack_groups(Tensor vectors, Tensor? bounds, Tensor? valid, int extent, Tensor(a!)? rows, "
+      "Tensor(b!) offsets, Tensor(c!) counts, Tensor(d!) segments) -> ()");
+  m.def("block_pad_groups(Tensor rows, Tensor offsets, Tensor counts, Tensor(a!) padded) -> ()");
+  m.def("block_add_padded(Tensor padded, Tensor offsets, Tensor counts, int extent, Tensor(a!) gradient) -> ()");
+  // products -> attention weights, and back to another tensor of gradients; `grad` is worked in
+  m.def(
+      "block_attention_weights(Tensor products, Tensor key_counts, Tensor offsets, Tensor counts, int most_queries, "
+      "Tensor? temperatures, float temperature, Tensor(a!) norms, Tensor(b!) weights) -> ()");
+  m.def(
+      "block_attention_weights_backward(Tensor products, Tensor norms, Tensor key_counts, Tensor offsets, "
+      "Tensor counts, int most_queries, Tensor? temperatures, float temperature, Tensor(a!) grad, "
+      "Tensor(b!) grad_temperatures, Tensor(c!) grad_products) -> ()");
+  m.def("block_squared_differences(Tensor queries, Tensor attended, Tensor(a!) squares, Tensor(b!) norms) -> ()");
+  m.def(
+      "block_squared_differences_backward(Tensor queries, Tensor(a!) attended, Tensor grad_squares, Tensor norms, "
+      "Tensor(b!) grad_queries) -> ()");
+  m.def("block_normalise_rows(Tensor(a!) rows, Tensor bias, Tensor(b!) norms, Tensor(c!)? rounded) -> ()");
+  m.def("block_normalise_rows_backward(Tensor rows, Tensor norms, Tensor(a!) grad, Tensor(b!)? rounded) -> ()");
+  // RCR; gradients of biases are parts [P, width] that the caller sums
+  m.def("block_tanh_rows(Tensor rows, Tensor bias, Tensor(a!) out) -> ()");
+  m.def(
+      "block_warm_rows(Tensor(a!) rows, Tensor bias, Tensor weight, Tensor shift, Tensor? before, float temperature, "
+      "Tensor(b!) temperatures) -> ()");
+  m.def(
+      "block_tanh_rows_backward(Tensor tangents, Tensor grad, Tensor? factors, Tensor(a!) out, Tensor(b!) sums) -> "
+      "()");
+  m.def(
+      "block_gate_queries(Tensor queries, Tensor bias, Tensor? before, Tensor(a!) rows, Tensor(b!)? tangents, "
+      "Tensor(c!)? gates) -> ()");
+  m.def(
+      "block_gate_queries_backward(Tensor queries, Tensor? before, Tensor tangents, Tensor(a!) grad, "
+      "Tensor(b!)? grad_gates, Tensor(c!) grad_queries, Tensor(d!) sums) -> ()");
+  // RAR: a step of attention over the rows of every pair, and the mean; grad_weights is worked in
+  m.def(
+      "block_pool_rows(Tensor vectors, Tensor offsets, Tensor counts, bool groups_are_images, int first_group, "
+      "int first_segment, int step, int seed, int threshold, float scale, Tensor key_bias, Tensor asked_bias, "
+      "Tensor value, Tensor(a!) keys, Tensor(b!) asked, Tensor(c!) weights, Tensor(d!) pooled, Tensor(e!) norms) -> "
+      "()");
+  m.def(
+      "block_pool_rows_backward(Tensor vectors, Tensor offsets, Tensor counts, bool groups_are_images, "
+      "int first_group, int first_segment, int step, int seed, int threshold, float scale, Tensor value, Tensor keys, "
+      "Tensor asked, Tensor weights, Tensor pooled, Tensor norms, Tensor grad_pooled, Tensor(a!) grad_weights, "
+      "Tensor(b!) grad_vectors, Tensor(c!) grad_keys, Tensor(d!) grad_asked, Tensor(e!) grad_bias, "
+      "Tensor(f!) grad_value) -> ()");
+  m.def("block_mean_rows(Tensor vectors, Tensor offsets, Tensor counts, Tensor(a!) means) -> ()");
+  m.def("block_mean_rows_backward(Tensor grad_means, Tensor offsets, Tensor counts, Tensor(a!) grad_vectors) -> ()");
+  // cosines with what is attended to, which becomes its gradient on the way back
+  m.def("block_cosine_rows(Tensor queries, Tensor attended, Tensor(a!) cosines, Tensor(b!)? slopes) -> ()");
+  m.def(
+      "block_cosine_rows_backward(Tensor queries, Tensor(a!) attended, Tensor slopes, Tensor segments, Tensor counts, "
+      "Tensor grad_means, Tensor(b!) grad_queries) -> ()");
+  // nodes of SGRAF on a GPU: captions by offsets and counts on the device, numbers of the parameters as tensors there;
+  // gradients of whole vectors are added to, those of parameters are parts [P, width] that the caller sums
+  m.def("block_whole_squares(Tensor images, Tensor captions, Tensor(a!) squares) -> ()");
+  m.def(
+      "block_whole_squares_backward(Tensor images, Tensor captions, Tensor grad_squares, Tensor(a!) grad_images, "
+      "Tensor(b!) grad_captions) -> ()");
+  m.def("block_node_logits(Tensor nodes, Tensor weight, Tensor bias, Tensor(a!) logits) -> ()");
+  m.def(
+      "block_filtrate_nodes(Tensor nodes, Tensor offsets, Tensor counts, Tensor logits, Tensor statistics, "
+      "Tensor norm_weight, Tensor norm_bias, float eps, Tensor score_weight, Tensor score_bias, Tensor(a!) scores) -> "
+      "()");
+  m.def(
+      "block_filtrate_nodes_backward(Tensor nodes, Tensor offsets, Tensor counts, int most_nodes, Tensor logits, "
+      "Tensor statistics, Tensor norm_weight, Tensor norm_bias, float eps, Tensor score_weight, Tensor score_bias, "
+      "Tensor grad_scores, Tensor weight, Tensor? means, Tensor(a!) slopes, Tensor(b!)? grad_nodes, Tensor(c!)? sums) "
+      "-> ()");
+  m.def(
+      "block_graph_attend(Tensor nodes, Tensor offsets, Tensor counts, int pairs, int most_nodes, Tensor asking, "
+      "Tensor shift, Tensor(a!) gathered) -> ()");
+  m.def(
+      "block_graph_attend_backward(Tensor nodes, Tensor offsets, Tensor counts, int pairs, int most_nodes, "
+      "Tensor shift, Tensor grad_gathered, Tensor(a!) asking, Tensor(b!) grad_nodes, Tensor(c!) sums) -> ()");
+  m.def("block_relu_rows(Tensor(a!) rows, Tensor bias, Tensor(b!)? unrounded) -> ()");
+  m.def("block_relu_rows_backward(Tensor grad, Tensor(a!) rows, Tensor(b!) sums) -> ()");
 }
 
 #ifndef ITM_EMULATED

@@ -19,17 +19,26 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import word_counts
 from itm_kernels import triton as floor
-from itm_kernels.ops.options import ScoreOptions, SimilarityOptions
+from itm_kernels.ops.options import ReasoningOptions, ScoreOptions, SimilarityOptions
+from itm_kernels.ops.parameters import REASONING_PARTS, SHAPES, ReasoningParameters
 
 if floor.load_error() is not None:
     pytest.skip(str(floor.load_error()), allow_module_level=True)
 
 from triton.runtime.jit import JITFunction
 
-from itm_kernels.triton import cross_attention_scores, max_similarity_scores, tiles
+from itm_kernels.triton import cross_attention_scores, max_similarity_scores, similarity_reasoning_scores, tiles
 
 MIB = 1 << 20
 PER_BLOCK = {"forward": 6, "backward": 10}
+# SGRAF, by reasoning and training: what images and captions take that attend; and what a call takes for parameters. In
+# training SAF's statistics come from small operators of torch, some forty a block of captions.
+PER_REASONED = {
+    ("SAF", False): {"forward": 14, "backward": 43},
+    ("SAF", True): {"forward": 28, "backward": 59},
+    ("SGR", False): {"forward": 28, "backward": 81},
+}
+OF_A_CALL = 48
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
 
 
@@ -145,3 +154,42 @@ def test_maxima(launches: Launches, captions: int, phase: str, direction: str, a
     batch.run(max_similarity_scores, phase, SimilarityOptions(direction, agg_func, 10.0))
     blocks = launches.names.count("aggregate_maxima" + "_backward" * (phase == "backward"))
     assert len(launches.names) <= 8 + PER_BLOCK[phase] * blocks, launches.names[:40]
+
+
+def reasoning_parameters(options: ReasoningOptions, width: int, similarity: int) -> ReasoningParameters:
+    """Without their values."""
+    saf = options.reasoning == "SAF"
+    tensors: list[Tensor | None] = []
+    for part, steps in zip(REASONING_PARTS, (1, 1, int(saf), options.steps, 1), strict=True):
+        sizes = {"steps": steps, "S": similarity, "D": width, "1": 1}
+        for letters in SHAPES[part]:
+            shape = [sizes[letter] for letter in letters.split()]
+            tensors.append(torch.empty(shape, device="meta") if steps else None)
+    return ReasoningParameters.of(tensors)
+
+
+@pytest.mark.parametrize(("reasoning", "training"), PER_REASONED, ids=str)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("captions", [128, 256])
+def test_reasoning(launches: Launches, captions: int, phase: str, reasoning: str, training: bool) -> None:
+    batch = Inputs(captions, captions, "packed", torch.float32)
+    options = ReasoningOptions(reasoning, 3 if reasoning == "SGR" else 0, training, 1e-5)
+    parameters = reasoning_parameters(options, 1024, 256)
+    wholes = [torch.empty(captions, 1024, device="meta") for _ in range(2)]
+    given = phase == "backward" or not training
+    statistics = torch.empty(2, captions, device="meta") if reasoning == "SAF" and given else None
+    upstream = () if phase == "forward" else (batch.grad_scores,)
+    launches.names.clear()
+    getattr(similarity_reasoning_scores, phase)(
+        *upstream, batch.regions, batch.words, batch.word_counts, None, *wholes, parameters, statistics, options,
+        workspace_bytes=256 * MIB, word_offsets=batch.offsets,
+    )  # fmt: skip
+    blocks = launches.names.count("attention_weights")
+    if options.batch_statistics and phase == "backward":
+        blocks //= 2  # in either pass
+    assert blocks > captions // 128
+    most = OF_A_CALL + PER_REASONED[reasoning, training][phase] * blocks
+    assert len(launches.names) <= most, f"{len(launches.names)} in {blocks} blocks, at most {most}"
+    if options.batch_statistics:  # nodes are kept between the passes
+        assert launches.names.count("whole_squares") == (1 if phase == "forward" else 2) * blocks
+        assert launches.names.count("normalise_rows") == 2 * blocks

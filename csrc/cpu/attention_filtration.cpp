@@ -1,4 +1,5 @@
-// Attention filtration on the CPU (SGRAF's SAF): the nodes of a chunk of pairs to scores, and back.
+// Attention filtration on the CPU (SGRAF's SAF): the nodes of a chunk of pairs to one vector a pair, or to scores, and
+// back.
 // The chain is itm_kernels/native/cpu/filtration.py, the mathematics stands in the header beside this.
 
 #include <cmath>
@@ -33,14 +34,15 @@ struct FiltrationCall {
   const float* logits;      // [rows]
   const float* statistics;  // [2, segments]: mean and biased variance
   float norm_weight, norm_bias, eps;
+  float* filtered;            // [pairs, width]; backward: their gradient, read only
   const float* score_weight;  // [width]
   float score_bias;
-  float* scores;        // [pairs]; backward: their gradient
+  float* scores;        // [pairs]; backward: their gradient, read only
   const float* weight;  // [width], of the logits
   const float* means;   // [2, segments]: of dy and of dy z over a caption, zero where they have no part
   float* slopes;        // [pairs, 2]: sums of dy and of dy z
   float* grad_nodes;    // [rows, width], or null: slopes alone
-  Sums sums;            // of the gradients of weight [width], score_weight [width], bias, score_bias
+  Sums sums;            // of the gradients of weight [width], bias, and behind them score_weight [width], score_bias
 };
 
 }  // namespace
@@ -54,20 +56,39 @@ namespace {
 
 FiltrationCall filtration_call(const Tensor& nodes, const Tensor& offsets, const Tensor& logits,
                                const Tensor& statistics, double norm_weight, double norm_bias, double eps,
-                               const Tensor& score_weight, double score_bias, const Tensor& scores) {
+                               int64_t pairs) {
   FiltrationCall call{};
-  call.at = node_rows(nodes, offsets, scores.numel());
-  call.nodes = elements<float>(nodes, nodes.numel(), "filtrate_nodes: nodes");
-  call.logits = elements<float>(logits, nodes.size(0), "filtrate_nodes: logits");
-  call.statistics = elements<float>(statistics, 2 * call.at.segments, "filtrate_nodes: statistics");
+  call.at = node_rows(nodes, offsets, pairs);
+  call.nodes = elements<float>(nodes, nodes.numel(), "filter_nodes: nodes");
+  call.logits = elements<float>(logits, nodes.size(0), "filter_nodes: logits");
+  call.statistics = elements<float>(statistics, 2 * call.at.segments, "filter_nodes: statistics");
   call.norm_weight = static_cast<float>(norm_weight);
   call.norm_bias = static_cast<float>(norm_bias);
   call.eps = static_cast<float>(eps);
+  call.sums = {nullptr, (call.at.pairs + kPairsOfRun - 1) / kPairsOfRun, 0};
+  return call;
+}
+
+void set_filtered(FiltrationCall& call, const Tensor& filtered) {
+  call.filtered = elements<float>(filtered, call.at.pairs * call.at.width, "filter_nodes: filtered");
+}
+
+void set_scores(FiltrationCall& call, const Tensor& score_weight, double score_bias, const Tensor& scores) {
   call.score_weight = elements<float>(score_weight, call.at.width, "filtrate_nodes: score_weight");
   call.score_bias = static_cast<float>(score_bias);
   call.scores = elements<float>(scores, call.at.pairs, "filtrate_nodes: scores");
-  call.sums = {nullptr, (call.at.pairs + kPairsOfRun - 1) / kPairsOfRun, 0};
-  return call;
+}
+
+// What a backward makes; `width` is that of the sums.
+void set_gradients(FiltrationCall& call, const Tensor& weight, const Tensor& means, const Tensor& slopes,
+                   const MaybeTensor& grad_nodes, const MaybeTensor& sums, int64_t width) {
+  call.weight = elements<float>(weight, call.at.width, "filter_nodes: weight");
+  call.means = elements<float>(means, 2 * call.at.segments, "filter_nodes: means");
+  call.slopes = elements<float>(slopes, 2 * call.at.pairs, "filter_nodes: slopes");
+  call.grad_nodes = elements<float>(grad_nodes, call.at.rows() * call.at.width, "filter_nodes: grad_nodes");
+  if (!grad_nodes.has_value()) return;
+  STD_TORCH_CHECK(sums.has_value(), "filter_nodes: sums go with grad_nodes");
+  call.sums = sums_of(*sums, width, "filter_nodes: sums");
 }
 
 }  // namespace
@@ -83,26 +104,35 @@ void node_logits(Tensor nodes, Tensor weight, double bias, Tensor logits) {
   ITM_DISPATCH(run_logits, call);
 }
 
+void filter_nodes(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, double norm_weight, double norm_bias,
+                  double eps, Tensor filtered) {
+  auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, filtered.size(0));
+  set_filtered(call, filtered);
+  ITM_DISPATCH(run_filter, call);
+}
+
+void filter_nodes_backward(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, double norm_weight,
+                           double norm_bias, double eps, Tensor grad_filtered, Tensor weight, Tensor means,
+                           Tensor slopes, MaybeTensor grad_nodes, MaybeTensor sums) {
+  auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, grad_filtered.size(0));
+  set_filtered(call, grad_filtered);
+  set_gradients(call, weight, means, slopes, grad_nodes, sums, call.at.width + 1);
+  ITM_DISPATCH(run_filter_backward, call);
+}
+
 void filtrate_nodes(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, double norm_weight,
                     double norm_bias, double eps, Tensor score_weight, double score_bias, Tensor scores) {
-  const auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, score_weight,
-                                    score_bias, scores);
+  auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, scores.numel());
+  set_scores(call, score_weight, score_bias, scores);
   ITM_DISPATCH(run_filtration, call);
 }
 
 void filtrate_nodes_backward(Tensor nodes, Tensor offsets, Tensor logits, Tensor statistics, double norm_weight,
                              double norm_bias, double eps, Tensor score_weight, double score_bias, Tensor grad_scores,
                              Tensor weight, Tensor means, Tensor slopes, MaybeTensor grad_nodes, MaybeTensor sums) {
-  auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, score_weight, score_bias,
-                              grad_scores);
-  call.weight = elements<float>(weight, call.at.width, "filtrate_nodes: weight");
-  call.means = elements<float>(means, 2 * call.at.segments, "filtrate_nodes: means");
-  call.slopes = elements<float>(slopes, 2 * call.at.pairs, "filtrate_nodes: slopes");
-  call.grad_nodes = elements<float>(grad_nodes, nodes.numel(), "filtrate_nodes: grad_nodes");
-  if (grad_nodes.has_value()) {
-    STD_TORCH_CHECK(sums.has_value(), "filtrate_nodes: sums go with grad_nodes");
-    call.sums = sums_of(*sums, 2 * call.at.width + 2, "filtrate_nodes: sums");
-  }
+  auto call = filtration_call(nodes, offsets, logits, statistics, norm_weight, norm_bias, eps, grad_scores.numel());
+  set_scores(call, score_weight, score_bias, grad_scores);
+  set_gradients(call, weight, means, slopes, grad_nodes, sums, 2 * call.at.width + 2);
   ITM_DISPATCH(run_filtration_backward, call);
 }
 
@@ -110,6 +140,8 @@ void filtrate_nodes_backward(Tensor nodes, Tensor offsets, Tensor logits, Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(itm_kernels_native, CPU, m) {
   m.impl("node_logits", TORCH_BOX(&itm::node_logits));
+  m.impl("filter_nodes", TORCH_BOX(&itm::filter_nodes));
+  m.impl("filter_nodes_backward", TORCH_BOX(&itm::filter_nodes_backward));
   m.impl("filtrate_nodes", TORCH_BOX(&itm::filtrate_nodes));
   m.impl("filtrate_nodes_backward", TORCH_BOX(&itm::filtrate_nodes_backward));
 }

@@ -1,4 +1,4 @@
-"""``regulated_scores`` on the native floor: C++ on the CPU, around the library's products."""
+"""``regulated_scores`` on the native floor: C++ on the CPU, CUDA on a GPU, around the library's products."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from torch import Tensor
 
 from itm_kernels.native import devices
 from itm_kernels.native.cpu import regulated_scores as cpu
+from itm_kernels.native.cuda import regulated_scores as cuda
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import RegulatedParameters
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason this floor cannot run there, or None."""
-    if device.type == "cuda" and dtype != torch.float64:
-        return "the native kernels of RCAR and SGRAF run on CPUs; on a GPU these ops run on triton and eager"
     return devices.why_not_on(device, dtype)
 
 
@@ -27,10 +26,17 @@ def forward(
     options: RegulatedOptions,
     *,
     workspace_bytes: int,
-    word_offsets: Tensor | None = None,  # [C + 1]; counts are on the host here
+    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> Tensor:  # [I, C] float32
-    """Scores, chunk by chunk."""
-    return cpu.forward(regions, words, word_counts, region_counts, parameters, options, workspace_bytes=workspace_bytes)
+    """Scores, block by block."""
+    kernels = devices.kernels_for(regions.device)
+    if kernels is None:
+        inputs = (regions, words, word_counts, region_counts, parameters, options)
+        return cpu.forward(*inputs, workspace_bytes=workspace_bytes)
+    return cuda.forward(
+        kernels, regions, words, word_counts, region_counts, parameters, options, workspace_bytes=workspace_bytes,
+        word_offsets=word_offsets,
+    )  # fmt: skip
 
 
 def backward(
@@ -46,6 +52,11 @@ def backward(
     word_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, RegulatedParameters]:
     """Gradients in the dtypes of the inputs; accumulation in float32."""
-    return cpu.backward(
-        grad_scores, regions, words, word_counts, region_counts, parameters, options, workspace_bytes=workspace_bytes
-    )
+    kernels = devices.kernels_for(regions.device)
+    if kernels is None:
+        inputs = (regions, words, word_counts, region_counts, parameters, options)
+        return cpu.backward(grad_scores, *inputs, workspace_bytes=workspace_bytes)
+    return cuda.backward(
+        kernels, grad_scores, regions, words, word_counts, region_counts, parameters, options,
+        workspace_bytes=workspace_bytes, word_offsets=word_offsets,
+    )  # fmt: skip

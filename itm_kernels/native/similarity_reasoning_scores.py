@@ -1,4 +1,4 @@
-"""``similarity_reasoning_scores`` on the native floor: C++ on the CPU, around the library's products."""
+"""``similarity_reasoning_scores`` on the native floor: C++ on the CPU, CUDA on a GPU, around the library's products."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from torch import Tensor
 
 from itm_kernels.native import devices
 from itm_kernels.native.cpu import similarity_reasoning_scores as cpu
+from itm_kernels.native.cuda import similarity_reasoning_scores as cuda
 from itm_kernels.ops.options import ReasoningOptions
 from itm_kernels.ops.parameters import ReasoningParameters
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason this floor cannot run there, or None."""
-    if device.type == "cuda" and dtype != torch.float64:
-        return "the native kernels of RCAR and SGRAF run on CPUs; on a GPU these ops run on triton and eager"
     return devices.why_not_on(device, dtype)
 
 
@@ -30,11 +29,15 @@ def forward(
     options: ReasoningOptions,
     *,
     workspace_bytes: int,
-    word_offsets: Tensor | None = None,  # [C + 1]; counts are on the host here
+    word_offsets: Tensor | None = None,  # [C + 1]
 ) -> tuple[Tensor, Tensor]:  # [I, C]; [2, C], or [2, 0] for SGR; float32
-    """Scores, chunk by chunk, and the statistics that normalised them."""
-    inputs = cpu.Inputs(regions, words, word_counts, region_counts, image_global, caption_global)
-    return cpu.forward(inputs, parameters, statistics, options, workspace_bytes=workspace_bytes)
+    """Scores, block by block, and the statistics that normalised them."""
+    given = (regions, words, word_counts, region_counts, image_global, caption_global)
+    kernels = devices.kernels_for(regions.device)
+    if kernels is None:
+        return cpu.forward(cpu.Inputs(*given), parameters, statistics, options, workspace_bytes=workspace_bytes)
+    inputs = cuda.Inputs(*given, word_offsets)
+    return cuda.forward(kernels, inputs, parameters, statistics, options, workspace_bytes=workspace_bytes)
 
 
 def backward(
@@ -53,5 +56,10 @@ def backward(
     word_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, ReasoningParameters]:
     """Gradients in the dtypes of the inputs; accumulation in float32."""
-    inputs = cpu.Inputs(regions, words, word_counts, region_counts, image_global, caption_global)
-    return cpu.backward(grad_scores, inputs, parameters, statistics, options, workspace_bytes=workspace_bytes)
+    given = (regions, words, word_counts, region_counts, image_global, caption_global)
+    kernels = devices.kernels_for(regions.device)
+    if kernels is None:
+        of_cpu = cpu.Inputs(*given)
+        return cpu.backward(grad_scores, of_cpu, parameters, statistics, options, workspace_bytes=workspace_bytes)
+    inputs = cuda.Inputs(*given, word_offsets)
+    return cuda.backward(kernels, grad_scores, inputs, parameters, statistics, options, workspace_bytes=workspace_bytes)

@@ -10,9 +10,17 @@ from torch import Tensor
 from itm_kernels.ops.dropout import threshold
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import AggregationParameters
+from itm_kernels.ops.stage_options import AggregationOptions
 from itm_kernels.pair_blocks.alignment import Aligned
 from itm_kernels.pair_blocks.blocks import PairBlock, add_product, product
 from itm_kernels.pair_blocks.records import Masks
+
+
+class Vectors(NamedTuple):
+    """Alignment vectors whose making is not of interest."""
+
+    vectors: Tensor  # [rows, S] float32
+    rounded: Tensor  # [rows, S]: the same for products
 
 
 class Pooled(NamedTuple):
@@ -26,7 +34,7 @@ class Pooled(NamedTuple):
     before: Tensor  # [pairs, S], rounded for the product
 
 
-def masks_of(block: PairBlock, options: RegulatedOptions) -> Masks:
+def masks_of(block: PairBlock, options: RegulatedOptions | AggregationOptions) -> Masks:
     """Where dropout comes from, but for the step."""
     of_groups, of_segments = options.image_offset, options.caption_offset
     if not options.t2i:
@@ -40,6 +48,27 @@ def masks_at(first: tuple[int, int], seed: int, dropout: float, *, t2i: bool) ->
     # As signed numbers the halves of a seed are 32 bits to any kernel, whatever they are.
     low, high = (word - (word >> 31 << 32) for word in (seed & 0xFFFFFFFF, seed >> 32))
     return Masks(*first, 0, low, high, threshold(dropout), 1 / (1 - dropout), dropout > 0, t2i)
+
+
+class Gradients(NamedTuple):
+    """Where those of one step, or of all one behind another, are added, float32."""
+
+    key_weight: Tensor  # [S, S]
+    pooled_weight: Tensor  # [S, S]
+    sums: Tensor  # [3, S]: of the biases of keys and pooled vectors, and of the value
+
+    @staticmethod
+    def zeros_of(parameters: AggregationParameters) -> Gradients:
+        """Of all steps."""
+        of_matrix = torch.zeros_like(parameters.key_weight, dtype=torch.float32)
+        steps, width = parameters.key_bias.shape
+        return Gradients(of_matrix, torch.zeros_like(of_matrix), of_matrix.new_zeros(steps, 3, width))
+
+    def of(self, parameters: AggregationParameters) -> AggregationParameters:
+        """As the gradients of the parameters. That of the value's bias, which moves no weight, is zero."""
+        of_keys, of_pooled, of_value = (sums.clone() for sums in self.sums.unbind(1))  # outputs share no memory
+        of_value_bias = torch.zeros_like(parameters.value_bias, dtype=torch.float32)
+        return AggregationParameters(self.key_weight, of_keys, self.pooled_weight, of_pooled, of_value, of_value_bias)
 
 
 def mean(block: PairBlock, vectors: Tensor) -> Tensor:  # [rows, S] float32 -> [pairs, S] float32
@@ -56,7 +85,7 @@ def mean_backward(block: PairBlock, grad_means: Tensor, grad_vectors: Tensor) ->
 
 def pool(
     block: PairBlock,
-    aligned: Aligned,
+    aligned: Aligned | Vectors,
     before: Tensor,  # [pairs, S] float32
     parameters: AggregationParameters,  # of one step
     masks: Masks,  # of this step
@@ -77,24 +106,23 @@ def pool(
 def pool_backward(
     block: PairBlock,
     state: Pooled,
-    aligned: Aligned,
+    aligned: Aligned | Vectors,
     grad_pooled: Tensor,  # [pairs, S] float32, overwritten
     parameters: AggregationParameters,
-    grads: AggregationParameters,  # added to
+    grads: Gradients,  # added to
     grad_vectors: Tensor,  # [rows, S] float32, added to
     masks: Masks,  # of this step
 ) -> Tensor:  # [pairs, S] float32: gradient of the pooled vectors before
-    """Gradients of parameters are added where they belong. That of the value's bias, which moves no weight, is zero."""
+    """Gradients of parameters are added where they belong."""
     # In float32 the gradients take the place of what they are made from, element by element.
     of_keys = state.keys if block.dtype == torch.float32 else block.take(*state.keys.shape)
-    of_bias, of_value, of_asked = (torch.empty_like(state.asked) for _ in range(3))
+    sums = block.floats(3, *state.asked.shape)  # in the order of `Gradients.sums`
+    of_bias, of_asked, of_value = sums
     block.steps.pool_rows_backward(
         block, aligned.vectors, state.keys, state.asked, parameters.value_weight, masks, state.weights, state.pooled,
         state.norms, grad_pooled, grad_vectors, of_keys, of_asked, of_bias, of_value,
     )  # fmt: skip
-    grads.value_weight.add_(of_value.sum(0))
-    grads.key_bias.add_(of_bias.sum(0))
-    grads.pooled_bias.add_(of_asked.sum(0))
+    block.add_sums(grads.sums, sums)
     add_product(grads.key_weight, of_keys.t(), aligned.rounded)
     add_product(grad_vectors, of_keys, parameters.key_weight)
     rounded = of_asked.to(block.dtype)

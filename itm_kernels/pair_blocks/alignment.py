@@ -66,7 +66,7 @@ def attend_backward(
 def align(block: PairBlock, attended: Tensor, parameters: AlignmentParameters) -> Aligned:
     """Alignment vectors of what a block attends to; ``parameters`` are those of one step."""
     norms = block.floats(block.rows)
-    vectors = product(_squares(block, attended, norms), parameters.weight.t())
+    vectors = product(squares(block, attended, norms), parameters.weight.t())
     vector_norms = block.floats(block.rows)
     rounded = vectors if block.dtype == torch.float32 else block.take(*vectors.shape)
     block.steps.normalise_rows(vectors, parameters.bias, vector_norms, rounded)
@@ -82,17 +82,18 @@ def align_backward(
 ) -> Tensor:  # [rows, D]: gradient of the attended vectors, in their place
     """Gradients of parameters and queries are added where they belong."""
     vectors, _, attended, norms, vector_norms = aligned
-    block.steps.normalise_rows_backward(vectors, vector_norms, grad_vectors)
-    grads.bias.add_(grad_vectors.sum(0))
-    of_products = grad_vectors.to(block.dtype)
-    squares = _squares(block, attended, norms)
-    add_product(grads.weight, of_products.t(), squares)
-    torch.mm(of_products, parameters.weight, out=squares)
-    block.steps.squared_differences_backward(block, attended, squares, norms)
+    of_products = grad_vectors if block.dtype == torch.float32 else block.take(*grad_vectors.shape)
+    block.steps.normalise_rows_backward(vectors, vector_norms, grad_vectors, of_products)
+    block.add_sum(grads.bias, grad_vectors)
+    made = squares(block, attended, norms)
+    add_product(grads.weight, of_products.t(), made)
+    torch.mm(of_products, parameters.weight, out=made)
+    block.steps.squared_differences_backward(block, attended, made, norms)
     return attended
 
 
-def _squares(block: PairBlock, attended: Tensor, norms: Tensor) -> Tensor:  # [rows, D]
-    squares = torch.empty_like(attended)
-    block.steps.squared_differences(block, attended, squares, norms)
-    return squares
+def squares(block: PairBlock, attended: Tensor, norms: Tensor) -> Tensor:  # [rows, D]
+    """Squared differences of the queries and what they attend to at length 1; ``norms [rows]`` are those before."""
+    made = torch.empty_like(attended)
+    block.steps.squared_differences(block, attended, made, norms)
+    return made

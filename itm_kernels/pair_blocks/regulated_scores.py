@@ -18,7 +18,8 @@ from torch import Tensor
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import RegulatedParameters
 from itm_kernels.pair_blocks.blocks import PairBlocks
-from itm_kernels.pair_blocks.regulated_scorer import RegulatedScorer
+from itm_kernels.pair_blocks.parameters import rounded
+from itm_kernels.pair_blocks.regulated_scorer import Gradients, RegulatedScorer
 from itm_kernels.pair_blocks.rows import Side
 from itm_kernels.pair_blocks.steps import Steps
 
@@ -41,7 +42,7 @@ def forward(
         blocks = _blocks(steps, images, captions, parameters, options, workspace_bytes, backward=False)
         scores = regions.new_empty(regions.shape[0], word_counts.shape[0], dtype=torch.float32)
         of_groups = scores if options.t2i else scores.t()
-        parameters = _rounded(parameters, regions.dtype)
+        parameters = rounded(parameters, regions.dtype)
         for block, groups, segments in blocks.forward_blocks():
             of_groups[groups, segments] = RegulatedScorer(block, parameters, options).forward()
             del block  # before the next block's rows are made, not after
@@ -67,20 +68,16 @@ def backward(
         blocks = _blocks(steps, images, captions, parameters, options, workspace_bytes, backward=True)
         grad_scores = grad_scores.to(torch.float32)
         of_groups = grad_scores if options.t2i else grad_scores.t()
-        given = parameters.flat()
-        grads = RegulatedParameters.of([None if p is None else torch.zeros_like(p, dtype=torch.float32) for p in given])
+        given, grads = parameters, Gradients.zeros_of(parameters)
         grad_regions, grad_words = images.gradient(), captions.gradient()
         sides = (grad_words, grad_regions) if options.t2i else (grad_regions, grad_words)
-        parameters = _rounded(parameters, regions.dtype)
+        parameters = rounded(parameters, regions.dtype)
         for block, groups, segments in blocks.backward_blocks(*sides):
             scorer = RegulatedScorer(block, parameters, options)
-            scorer.forward()
+            scorer.run()
             scorer.backward(of_groups[groups, segments].contiguous(), grads)
             del block, scorer
-        narrowed = [
-            None if grad is None or p is None else grad.to(p.dtype) for grad, p in zip(grads.flat(), given, strict=True)
-        ]
-        return grad_regions.to(regions.dtype), grad_words.to(words.dtype), RegulatedParameters.of(narrowed)
+        return grad_regions.to(regions.dtype), grad_words.to(words.dtype), grads.of(given)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -93,13 +90,6 @@ def _sides(
 ) -> tuple[Side, Side]:
     images = Side(regions, region_counts, what="region_counts")
     return images, Side(words, word_counts, offsets=word_offsets, what="word_counts")
-
-
-def _rounded(parameters: RegulatedParameters, dtype: torch.dtype) -> RegulatedParameters:
-    """Matrices, ``[steps, rows, columns]``, in the dtype of the inputs; vectors wide."""
-    return RegulatedParameters.of(
-        [None if p is None else p.to(dtype if p.dim() == 3 else torch.float32).contiguous() for p in parameters.flat()]
-    )
 
 
 def _blocks(
@@ -116,34 +106,45 @@ def _blocks(
     element = queries.vectors.element_size()
     # Products, their norms (at most one a row) and weights, and the gradient on its way; kept of every step.
     made = options.alignments + 1 if backward else 1
+    row_bytes, pair_bytes = _bytes(parameters, options, queries.width, element, backward=backward)
     return PairBlocks(
         steps,
         queries,
         keys,
-        row_bytes=_row_bytes(parameters, options, queries.width, element, backward=backward),
+        row_bytes=row_bytes,
+        pair_bytes=pair_bytes,
         matrices=made * (8 + element) + (4 if backward else 4 + element),
         workspace_bytes=workspace_bytes,
         backward=backward,
     )
 
 
-def _row_bytes(
+def _bytes(
     parameters: RegulatedParameters, options: RegulatedOptions, width: int, element: int, *, backward: bool
-) -> int:
-    """What a block takes for one row, without what grows with its keys."""
+) -> tuple[int, int]:
+    """What a block takes for one row, without what grows with its keys, and for one pair."""
     s = hidden = narrow = 0
     if parameters.alignment is not None:
         s = parameters.alignment.bias.shape[1]
     if parameters.correspondence is not None:
         hidden = parameters.correspondence.hidden_bias.shape[1]
         narrow = parameters.correspondence.temperature_hidden_bias.shape[1]
-    rounded = element if element < 4 else 0  # float32 rows need no second copy
-    pairs = 40 * s if options.aggregations else 12  # ten vectors a pair, which may be a single row
+    copied = element if element < 4 else 0  # float32 rows need no second copy
+    of_pair = 40 * s if options.aggregations else 12  # ten vectors
     chained = options.corrections > 1  # from gate to gate
+    wide, vectors, gates = width * element, s * (4 + copied), hidden * (4 + copied) + narrow * (4 + copied)
     if not backward:
-        return width * element * (2 + chained) + s * (8 + rounded) + (hidden + narrow) * (4 + rounded) + pairs + 32
-    kept = width * element * (options.alignments + 1 + options.corrections * (2 + chained))
-    kept += options.alignments * s * (4 + rounded) + options.aggregations * (4 * s + pairs)
-    kept += options.corrections * (hidden * element + 4 * narrow)
-    passing = width * (2 * element + 4 * chained) + s * (8 + 2 * rounded) + (hidden + narrow) * (4 + rounded)
-    return kept + passing + pairs + 32 * (options.alignments + 1)
+        # What is attended to and its squares, or gated queries; before them the gates that are handed on.
+        return wide * (2 + chained) + vectors + max(s * 4, gates) + 32, of_pair
+    of_step = wide + vectors + (4 * s if options.regulator == "rcar" else 0)
+    of_correction = wide * (2 + chained) + hidden * element + 4 * narrow
+    kept = options.alignments * of_step + options.corrections * of_correction
+    kept += 4 * s * options.aggregations if options.regulator == "rar" else 0
+    # On the way back: squares and the gradient of the vectors; or that of gates, when the step above is gone.
+    aligning, correcting = wide + vectors + s * element, wide + 4 * s + gates
+    if options.corrections < options.alignments:
+        correcting -= of_step
+    if options.regulator == "rcr":
+        kept += wide  # attends once more
+    kept += 4 * width if chained else 0  # the gradient of the gates
+    return kept + max(aligning, correcting) + 32 * (options.alignments + 1), of_pair * (1 + options.aggregations)

@@ -73,8 +73,8 @@ class AlignmentSteps(Protocol):
     def normalise_rows(self, rows: Tensor, bias: Tensor, norms: Tensor, rounded: Tensor) -> None:
         """``[n, S]`` in place behind a bias ``[S]``; norms ``[n]`` out; ``rounded`` for products, maybe the same."""
 
-    def normalise_rows_backward(self, rows: Tensor, norms: Tensor, grad: Tensor) -> None:
-        """Gradient ``[n, S]`` at rows of length 1 to that before, in place."""
+    def normalise_rows_backward(self, rows: Tensor, norms: Tensor, grad: Tensor, rounded: Tensor) -> None:
+        """Gradient ``[n, S]`` at rows of length 1 to that before, in place; ``rounded`` as above."""
 
 
 class GateSteps(Protocol):
@@ -82,6 +82,18 @@ class GateSteps(Protocol):
 
     def tanh_rows(self, rows: Tensor, bias: Tensor, out: Tensor) -> None:  # [n, H], [H], [n, H] maybe for products
         """``out = tanh(rows + bias)``."""
+
+    def warm_rows(
+        self,
+        rows: Tensor,  # [n, U], overwritten by its tanh
+        bias: Tensor,  # [U]
+        weight: Tensor,  # [U]
+        shift: Tensor,  # []
+        before: Tensor | None,  # [n]; None: one number for all
+        temperature: float,
+        temperatures: Tensor,  # [n], out
+    ) -> None:
+        """``relu(weight . tanh(rows + bias) + shift + before)``."""
 
     def tanh_rows_backward(
         self, tangents: Tensor, grad: Tensor, factors: Tensor | None, out: Tensor
@@ -174,8 +186,8 @@ class Filter(NamedTuple):
     norm_weight: Tensor  # []
     norm_bias: Tensor  # []
     eps: float
-    score_weight: Tensor  # [S]
-    score_bias: Tensor  # []
+    score_weight: Tensor | None  # [S]; None, as the next: no score is asked for
+    score_bias: Tensor | None  # []
 
 
 class NodeSteps(Protocol):

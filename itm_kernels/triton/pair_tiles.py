@@ -1,4 +1,4 @@
-"""Tiles of RCAR's kernels: fixed, for these stream memory and hold little. Chosen by compiling, not tuned yet."""
+"""Tiles of the kernels of RCAR and SGRAF: fixed, for these stream memory and hold little. Chosen by compiling alone."""
 
 from __future__ import annotations
 
@@ -13,3 +13,26 @@ SUM_ROWS, SUM_WIDTH = 16, 64
 GATED_ROWS = 8  # likewise, of a kernel that holds more of each: 16 spill
 # Pooling: rows at once, queries of a pair, channels of a vector.
 POOLED_ROWS, POOLED_QUERIES, CHANNELS = 16, 16, 64
+# Whole pairs: rows of the other side at once, of the owner's one row.
+WHOLE_ROWS = 16
+# The graph: nodes of a pair at once, the least a matrix instruction takes and as many as most captions make, and
+# channels of a sum over nodes.
+GRAPH_NODES, GRAPH_CHANNELS = 16, 64
+# Nodes whose weights are made at once, one a thread.
+WEIGHTS = 128
+
+
+def over(count: int, at_once: int) -> int:
+    """How many tiles."""
+    return -(-count // at_once)
+
+
+def filtration_tile(width: int) -> tuple[int, int]:
+    """Nodes at once and channels, all of them, which is what lets a pair's sum stay in registers: 16 of each thread."""
+    channels = 1 << max(width - 1, 15).bit_length()
+    return max(min(16, 2048 // channels), 1), channels
+
+
+def edge_channels(element_bytes: int) -> int:
+    """Channels at once of an inner product of nodes: 128 bytes of a row, more spill."""
+    return 128 // element_bytes

@@ -50,6 +50,25 @@ def fused_scores(limit: int) -> int:
     return int(native.host().FusedSizes.shared_bytes)
 
 
+def alignment_vectors(limit: int) -> int:
+    # kStagedBytes of csrc/cuda/pair_attention_kernel.cuh: a pair that needs more stays in memory.
+    return 48 * 1024
+
+
+def aggregation_regulator(limit: int) -> int:
+    # One float32 vector of the similarity width, which is 256 as published.
+    return 4 * 4096
+
+
+def attention_filtration(limit: int) -> int:
+    # kMostNodeBytes of csrc/common/node_tiles.h: pairs that need more are refused.
+    return 99 * 1024
+
+
+def similarity_graph(limit: int) -> int:
+    return attention_filtration(limit)
+
+
 def asked_by(source: str, limit: int) -> int:
     """Bytes by the plans of the op of that name; 0 for files whose kernels use none.
 

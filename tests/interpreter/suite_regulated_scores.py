@@ -7,7 +7,6 @@ the middle of a tile somewhere.
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from helpers import Place, score_error
 from itm_kernels.ops.dropout import dropout_scale
 from itm_kernels.pair_blocks import rows
 from itm_kernels.pair_blocks.aggregation import masks_at
+from itm_kernels.triton.directions import Masks
 from models import (
     DROPPED,
     REGULATED,
@@ -117,16 +117,18 @@ def test_parameters_beside_half_precision_may_be_float32() -> None:
 
 def test_masks_are_those_of_the_definition() -> None:
     """Bit for bit, far into the batch and with a seed of 63 bits."""
-    from itm_kernels.triton.steps import STEPS
+    from itm_kernels.triton.kernels import pooling
 
     pairs, segments, width, seed = 6, 2, 70, 2**62 + 2**31 + 5
     first = (2**31 - 3, 12345)
-    block = SimpleNamespace(pairs=pairs, segments=segments)
     value = torch.ones(width)
     for groups_are_images in (True, False):
         pooled, asked = torch.full((pairs, width), 20.0), torch.empty(pairs, width)  # tanh(20) is 1
         masks = masks_at(first, seed, 0.4, t2i=groups_are_images)._replace(step=3)
-        STEPS.ask_pairs(block, pooled, torch.zeros(width), value, masks, asked)
+        pooling.ask_pairs[(2,)](
+            pooled, torch.zeros(width), value, asked, Masks(*masks[: len(Masks._fields)]), pairs, segments, width,
+            DROPS=True, GROUPS_ARE_IMAGES=groups_are_images, BLOCK_N=16, BLOCK_S=64,
+        )  # fmt: skip
         group, segment = torch.arange(pairs) // segments + first[0], torch.arange(pairs) % segments + first[1]
         images, captions = (group, segment) if groups_are_images else (segment, group)
         true = dropout_scale(

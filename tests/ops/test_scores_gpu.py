@@ -10,11 +10,25 @@ import torch
 from torch import Tensor
 
 from helpers import random_batch
-from itm_kernels import caption_layout, cross_attention_scores, max_similarity_scores, plan, why_not
+from itm_kernels import caption_layout, cross_attention_scores, max_similarity_scores, plan, regulated_scores, why_not
+from models import Case, model_batch
 
 pytestmark = pytest.mark.gpu
 
-OPS = {"cross_attention_scores": cross_attention_scores, "max_similarity_scores": max_similarity_scores}
+
+def rcar(regions: Tensor, words: Tensor, counts: Any, **options: Any) -> Tensor:
+    """``regulated_scores`` with parameters of its own, dropout on."""
+    case = Case("regulated_scores", {"direction": "t2i", "regulator": "rcar", "steps": 2, "dropout": 0.4, "seed": 3})
+    made = model_batch(case, 402, similarity=64, images=1, captions=1, width=regions.shape[2]).parameters
+    parameters = made.of([None if p is None else p.to(regions) for p in made.flat()])
+    return regulated_scores(regions, words, counts, parameters, **case.options, **options)
+
+
+OPS = {
+    "cross_attention_scores": cross_attention_scores,
+    "max_similarity_scores": max_similarity_scores,
+    "regulated_scores": rcar,
+}
 MIB = 2**20
 # The library's own workspace comes from the same allocator, once a stream.
 LIBRARY_BYTES = 64 * MIB

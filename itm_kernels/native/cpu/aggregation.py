@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from itm_kernels.native.cpu.alignment import Aligned
+from itm_kernels.native.cpu.alignment import Vectors
 from itm_kernels.native.cpu.pair_chunks import Chunk, add_product, product
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import AggregationParameters
+from itm_kernels.ops.stage_options import AggregationOptions
 
 
 class Pooled(NamedTuple):
@@ -34,7 +35,7 @@ class Dropout(NamedTuple):
     seed: int
 
     @staticmethod
-    def of(chunk: Chunk, options: RegulatedOptions) -> Dropout:
+    def of(chunk: Chunk, options: RegulatedOptions | AggregationOptions) -> Dropout:
         of_groups, of_segments = options.image_offset, options.caption_offset
         if not options.t2i:
             of_groups, of_segments = of_segments, of_groups
@@ -58,23 +59,22 @@ def mean_backward(chunk: Chunk, grad_means: Tensor, grad_vectors: Tensor) -> Non
 
 def pool(
     chunk: Chunk,
-    aligned: Aligned,
+    vectors: Vectors,
     before: Tensor,  # [pairs, S] float32
     parameters: AggregationParameters,  # of one step
     dropout: Dropout,
     step: int,
 ) -> Pooled:
     """Step ``step``."""
-    vectors, rounded_vectors, *_ = aligned
-    floats, width = chunk.workspace.floats, vectors.shape[1]
-    keys = product(rounded_vectors, parameters.key_weight.t(), floats(chunk.name("pool keys", step), *vectors.shape))
-    rounded = before.to(rounded_vectors.dtype)
+    wide, floats = vectors.wide, chunk.workspace.floats
+    keys = product(vectors.rounded, parameters.key_weight.t(), floats(chunk.name("pool keys", step), *wide.shape))
+    rounded = before.to(vectors.rounded.dtype)
     asked = (rounded @ parameters.pooled_weight.t()).float()
     weights = floats(chunk.name("pool weights", step), chunk.rows)
     norms = floats(chunk.name("pool norms", step), chunk.pairs)
-    pooled = floats(f"pooled {step}", chunk.pairs, width)  # `before` may be the one of the step before
+    pooled = floats(f"pooled {step}", *before.shape)  # `before` may be the one of the step before
     torch.ops.itm_kernels_native.pool_rows(
-        vectors, chunk.offsets, *dropout, step, parameters.key_bias, parameters.pooled_bias, parameters.value_weight,
+        wide, chunk.offsets, *dropout, step, parameters.key_bias, parameters.pooled_bias, parameters.value_weight,
         keys, asked, weights, pooled, norms,
     )  # fmt: skip
     return Pooled(pooled, norms, weights, keys, asked, rounded)
@@ -83,7 +83,7 @@ def pool(
 def pool_backward(
     chunk: Chunk,
     state: Pooled,
-    aligned: Aligned,
+    vectors: Vectors,
     grad_pooled: Tensor,  # [pairs, S] float32
     parameters: AggregationParameters,
     grads: AggregationParameters,  # added to
@@ -92,20 +92,19 @@ def pool_backward(
     step: int,
 ) -> Tensor:  # [pairs, S] float32: gradient of the pooled vectors before
     """Gradients of parameters are added where they belong. That of the value's bias, which moves no weight, is zero."""
-    vectors, rounded_vectors, *_ = aligned
     grad_value = chunk.workspace.floats("grad value", *grad_pooled.shape)
     grad_key_bias = chunk.workspace.floats("grad key bias", *grad_pooled.shape)
     torch.ops.itm_kernels_native.pool_rows_backward(
-        vectors, chunk.offsets, *dropout, step, parameters.value_weight, state.pooled, state.norms, grad_pooled,
+        vectors.wide, chunk.offsets, *dropout, step, parameters.value_weight, state.pooled, state.norms, grad_pooled,
         state.weights, state.keys, state.asked, grad_vectors, grad_key_bias,
         grad_value,
     )  # fmt: skip
     grads.value_weight.add_(grad_value.sum(0))
-    keys = state.keys.to(rounded_vectors.dtype)
-    add_product(grads.key_weight, keys.t(), rounded_vectors)
+    keys = state.keys.to(vectors.rounded.dtype)
+    add_product(grads.key_weight, keys.t(), vectors.rounded)
     grads.key_bias.add_(grad_key_bias.sum(0))
     add_product(grad_vectors, keys, parameters.key_weight)
-    asked = state.asked.to(rounded_vectors.dtype)
+    asked = state.asked.to(vectors.rounded.dtype)
     add_product(grads.pooled_weight, asked.t(), state.before)
     grads.pooled_bias.add_(state.asked.sum(0))
     return (asked @ parameters.pooled_weight).float()

@@ -25,6 +25,13 @@ class Attention(NamedTuple):
     weights: Tensor  # [G, K, L]
 
 
+class Vectors(NamedTuple):
+    """Alignment vectors."""
+
+    wide: Tensor  # [rows, S] float32
+    rounded: Tensor  # [rows, S]: the same for products
+
+
 class Aligned(NamedTuple):
     """Alignment vectors, and what their backward reads."""
 
@@ -33,6 +40,9 @@ class Aligned(NamedTuple):
     attended: Tensor  # [rows, D]
     norms: Tensor  # [rows], of the attended vectors
     vector_norms: Tensor  # [rows], before the normalisation
+
+    def as_vectors(self) -> Vectors:
+        return Vectors(self.vectors, self.rounded)
 
 
 def attend(

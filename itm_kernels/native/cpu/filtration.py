@@ -1,7 +1,11 @@
-"""Attention filtration of a chunk (SAF): nodes to scores, in steps of C++, and statistics of a block of captions."""
+"""Attention filtration of a chunk (SAF): nodes to one vector a pair, or to its score, in steps of C++.
+
+The statistics of a block of captions are made from logits that are kept of all its chunks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,25 +23,26 @@ class Filter(NamedTuple):
     norm_weight: float
     norm_bias: float
     eps: float
-    score_weight: Tensor  # [S]
-    score_bias: float
+    score: tuple[Tensor, float] | None
+    """Weight ``[S]`` and bias; None: the stage ends in vectors."""
 
     @staticmethod
-    def of(filtration: FiltrationParameters, score: ScoreParameters, eps: float) -> Filter:
+    def of(filtration: FiltrationParameters, score: ScoreParameters | None, eps: float) -> Filter:
         weight, bias, norm_weight, norm_bias = filtration
         assert norm_weight is not None, "the op fills in the affine part"
         assert norm_bias is not None
-        return Filter(weight, float(bias), float(norm_weight), float(norm_bias), eps, score.weight, float(score.bias))
+        to_score = None if score is None else (score.weight, float(score.bias))
+        return Filter(weight, float(bias), float(norm_weight), float(norm_bias), eps, to_score)
 
-    def to_scores(self) -> tuple[float, float, float, Tensor, float]:
-        return self[2:]
+    def norm(self) -> tuple[float, float, float]:
+        return self[2:5]
 
 
 class Gradients(NamedTuple):
     """Where gradients of parameters are added, float32."""
 
     filtration: FiltrationParameters
-    score: ScoreParameters
+    score: ScoreParameters | None
 
 
 def logits(vectors: Tensor, by: Filter, out: Tensor) -> Tensor:  # [n, S] -> [n]
@@ -47,17 +52,22 @@ def logits(vectors: Tensor, by: Filter, out: Tensor) -> Tensor:  # [n, S] -> [n]
 
 
 def filtrate(chunk: Chunk, vectors: Tensor, logits: Tensor, statistics: Tensor, by: Filter) -> Tensor:
-    """Scores ``[G, segments]``; ``statistics [2, segments]`` are mean and biased variance."""
-    scores = torch.empty(chunk.groups, chunk.segment_numbers.shape[0], dtype=torch.float32, device="cpu")
-    torch.ops.itm_kernels_native.filtrate_nodes(vectors, chunk.offsets, logits, statistics, *by.to_scores(), scores)
-    return scores
+    """Scores ``[G, segments]``, or vectors ``[pairs, S]``; ``statistics [2, segments]``: mean and biased variance."""
+    given = vectors, chunk.offsets, logits, statistics, *by.norm()
+    if by.score is None:
+        made = chunk.workspace.floats("filtered", chunk.pairs, vectors.shape[1])
+        torch.ops.itm_kernels_native.filter_nodes(*given, made)
+    else:
+        made = torch.empty(chunk.groups, chunk.segment_numbers.shape[0], dtype=torch.float32, device="cpu")
+        torch.ops.itm_kernels_native.filtrate_nodes(*given, *by.score, made)
+    return made
 
 
 def slopes(
-    chunk: Chunk, vectors: Tensor, logits: Tensor, statistics: Tensor, by: Filter, grad_scores: Tensor
+    chunk: Chunk, vectors: Tensor, logits: Tensor, statistics: Tensor, by: Filter, upstream: Tensor
 ) -> Tensor:  # [segments, 2] float64
     """Sums over a chunk's nodes of each caption: of the gradient at the normalised logits, and of it times these."""
-    return _backward(chunk, vectors, logits, statistics, by, grad_scores, torch.zeros_like(statistics), None, None)
+    return _backward(chunk, vectors, logits, statistics, by, upstream, torch.zeros_like(statistics), None, None)
 
 
 def backward(
@@ -66,7 +76,7 @@ def backward(
     logits: Tensor,  # [rows + pairs]
     statistics: Tensor,  # [2, segments]
     by: Filter,
-    grad_scores: Tensor,  # [G, segments]
+    upstream: Tensor,  # [G, segments], or [pairs, S]
     means: Tensor | None,  # [2, segments]
     grads: Gradients,  # added to
 ) -> Tensor:  # [rows + pairs, S] float32
@@ -77,19 +87,20 @@ def backward(
     """
     width = vectors.shape[1]
     grad_nodes = chunk.workspace.floats("grad nodes", *vectors.shape)
-    sums = chunk.sums(chunk.rows, 2 * width + 2)
+    sums = chunk.sums(chunk.rows, (width + 1) * (1 if by.score is None else 2))
     passed = torch.zeros_like(statistics) if means is None else means
-    of_norm = _backward(chunk, vectors, logits, statistics, by, grad_scores, passed, grad_nodes, sums).sum(0)
+    of_norm = _backward(chunk, vectors, logits, statistics, by, upstream, passed, grad_nodes, sums).sum(0)
     total = sums.sum(0)
     assert grads.filtration.norm_weight is not None
     assert grads.filtration.norm_bias is not None
     grads.filtration.weight.add_(total[:width])
     if means is None:
-        grads.filtration.bias.add_(total[2 * width])
+        grads.filtration.bias.add_(total[width])
     grads.filtration.norm_weight.add_(of_norm[1])
     grads.filtration.norm_bias.add_(of_norm[0])
-    grads.score.weight.add_(total[width : 2 * width])
-    grads.score.bias.add_(total[2 * width + 1])
+    if grads.score is not None:
+        grads.score.weight.add_(total[width + 1 : 2 * width + 1])
+        grads.score.bias.add_(total[2 * width + 1])
     return grad_nodes
 
 
@@ -99,17 +110,28 @@ def _backward(
     logits: Tensor,
     statistics: Tensor,
     by: Filter,
-    grad_scores: Tensor,
+    upstream: Tensor,
     means: Tensor,
     grad_nodes: Tensor | None,
     sums: Tensor | None,
 ) -> Tensor:
-    of_pairs = chunk.workspace.floats("slopes", *grad_scores.shape, 2)
-    torch.ops.itm_kernels_native.filtrate_nodes_backward(
-        vectors, chunk.offsets, logits, statistics, *by.to_scores(), grad_scores.contiguous(), by.weight, means,
-        of_pairs, grad_nodes, sums,
-    )  # fmt: skip
+    of_pairs = chunk.workspace.floats("slopes", chunk.groups, chunk.segment_numbers.shape[0], 2)
+    given = vectors, chunk.offsets, logits, statistics, *by.norm()
+    rest = upstream.contiguous(), by.weight, means, of_pairs, grad_nodes, sums
+    if by.score is None:
+        torch.ops.itm_kernels_native.filter_nodes_backward(*given, *rest)
+    else:
+        torch.ops.itm_kernels_native.filtrate_nodes_backward(*given, *by.score, *rest)
     return of_pairs.sum(0, dtype=torch.float64)
+
+
+def parts_that_fit(start: int, stop: int, fit: Callable[[int, int], bool]) -> Iterator[tuple[int, int]]:
+    """A run of captions in parts that fit, each of one caption at least."""
+    first = start
+    for end in range(start + 1, stop + 1):
+        if end == stop or not fit(first, end + 1):
+            yield first, end
+            first = end
 
 
 class Place(NamedTuple):

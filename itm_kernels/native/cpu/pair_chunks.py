@@ -78,6 +78,12 @@ class Chunk:
         return self.groups * self.queries.shape[0]
 
     @property
+    def segments(self) -> slice:
+        """Which segments of the batch, one run."""
+        first = int(self.segment_numbers[0])
+        return slice(first, first + self.segment_numbers.shape[0])
+
+    @property
     def pairs(self) -> int:
         return self.groups * self.segment_numbers.shape[0]
 
@@ -180,6 +186,7 @@ class Chunks:
         counts = [keys.bounds[g + 1] - keys.bounds[g] for g in range(len(keys.bounds) - 1)]
         self._order = sorted(range(len(counts)), key=counts.__getitem__)
         self._key_counts = counts
+        self._longest = max(queries.bounds[stop] - queries.bounds[start] for start, stop in self.query_blocks())
 
     def query_blocks(self) -> Iterator[tuple[int, int]]:
         """First and last segment of each block: about equally many rows."""
@@ -194,14 +201,44 @@ class Chunks:
                 yield start, stop
                 start = stop
 
+    def every(self, **more: Any) -> Iterator[Chunk]:
+        """All chunks; ``more`` is for each of them."""
+        for start, stop in self.query_blocks():
+            yield from self.of_block(start, stop, **more)
+
+    def every_backward(self, grad_queries: Tensor, grad_keys: Tensor) -> Iterator[Chunk]:
+        """The same, with places for the gradients of its vectors: in those of the batch when the next one comes."""
+        for start, stop in self.query_blocks():
+            of_block = self.queries.view_of(grad_queries, start, stop)
+            direct = of_block is not None
+            if of_block is None:
+                rows = self.queries.bounds[stop] - self.queries.bounds[start]
+                of_block = self.workspace.floats("grad queries", rows, self.queries.shape[-1]).zero_()
+            for chunk in self.of_block(start, stop, keeps=True, grad_queries=of_block):
+                self.start_backward(chunk, grad_keys)
+                yield chunk
+                self.finish_backward(chunk, grad_keys)
+            if not direct:
+                self.queries.put(grad_queries, start, stop, of_block, add=False)
+
+    def groups_at_once(self, rows: int) -> int:
+        """Groups of a chunk, but for the last of a block; alike for all blocks but parts of one."""
+        rows = rows if 2 * rows <= self._longest else self._longest
+        fit = self._room // (self._row_bytes * rows + self._group_bytes)
+        return max(1, min(round(ROWS / rows), fit, len(self._order)))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """What the buffers of the largest chunk take."""
+        return self.groups_at_once(self._longest) * (self._longest * self._row_bytes + self._group_bytes)
+
     def of_block(self, start: int, stop: int, **more: Any) -> Iterator[Chunk]:
         """The chunks of a query block; ``more`` is for each of them."""
         rows = self.queries.rows(start, stop)
         wide_rows = rows.float()
         offsets = self.queries.offsets_of(start, stop)
         numbers = torch.arange(start, stop, device="cpu")
-        fit = self._room // (self._row_bytes * rows.shape[0] + self._group_bytes)
-        at_once = max(1, min(round(ROWS / rows.shape[0]), fit))
+        at_once = self.groups_at_once(rows.shape[0])
         for first in range(0, len(self._order), at_once):
             groups = self._order[first : first + at_once]
             counts = [self._key_counts[g] for g in groups]

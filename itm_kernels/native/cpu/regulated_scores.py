@@ -16,7 +16,7 @@ from torch import Tensor
 from itm_kernels.native.cpu import aggregation, alignment, correspondence
 from itm_kernels.native.cpu.mean_cosine import MeanCosine
 from itm_kernels.native.cpu.pair_chunks import Chunk, Chunks
-from itm_kernels.native.cpu.parameters import like, rounded, zeros_of
+from itm_kernels.native.cpu.parameters import at_step, like, operand_dtype, rounded, zeros_of
 from itm_kernels.native.packing import Packed
 from itm_kernels.ops.options import RegulatedOptions
 from itm_kernels.ops.parameters import RegulatedParameters
@@ -33,12 +33,11 @@ def forward(
     workspace_bytes: int,
 ) -> Tensor:  # [I, C] float32
     """Scores, chunk by chunk."""
-    batch = _Batch(regions, words, word_counts, region_counts, parameters, options, workspace_bytes, backward=False)
+    batch = Batch(regions, words, word_counts, region_counts, parameters, options, workspace_bytes, backward=False)
     scores = torch.empty(regions.shape[0], word_counts.shape[0], dtype=torch.float32, device="cpu")
     of_groups = scores if options.t2i else scores.t()
-    for start, stop in batch.chunks.query_blocks():
-        for chunk in batch.chunks.of_block(start, stop):
-            of_groups[chunk.group_numbers, start:stop] = _Scorer(chunk, batch.parameters, options).forward()
+    for chunk in batch.chunks.every():
+        of_groups[chunk.group_numbers, chunk.segments] = _Scorer(chunk, batch.parameters, options).forward()
     return scores
 
 
@@ -54,31 +53,21 @@ def backward(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, RegulatedParameters]:
     """Gradients in the dtypes of the inputs."""
-    batch = _Batch(regions, words, word_counts, region_counts, parameters, options, workspace_bytes, backward=True)
+    batch = Batch(regions, words, word_counts, region_counts, parameters, options, workspace_bytes, backward=True)
     grad_scores = grad_scores.to(torch.float32)
     of_groups = grad_scores if options.t2i else grad_scores.t()
     grads = zeros_of(parameters)
-    queries, keys = batch.queries, batch.keys
-    grad_queries, grad_keys = (torch.zeros(side.shape, dtype=torch.float32, device="cpu") for side in (queries, keys))
-    for start, stop in batch.chunks.query_blocks():
-        of_block = queries.view_of(grad_queries, start, stop)
-        direct = of_block is not None
-        if of_block is None:
-            rows = queries.bounds[stop] - queries.bounds[start]
-            of_block = batch.chunks.workspace.floats("grad queries", rows, queries.shape[-1]).zero_()
-        for chunk in batch.chunks.of_block(start, stop, keeps=True, grad_queries=of_block):
-            batch.chunks.start_backward(chunk, grad_keys)
-            scorer = _Scorer(chunk, batch.parameters, options)
-            scorer.forward()
-            scorer.backward(of_groups[chunk.group_numbers, start:stop], grads)
-            batch.chunks.finish_backward(chunk, grad_keys)
-        if not direct:
-            queries.put(grad_queries, start, stop, of_block, add=False)
+    sides = batch.chunks.queries, batch.chunks.keys
+    grad_queries, grad_keys = (torch.zeros(side.shape, dtype=torch.float32, device="cpu") for side in sides)
+    for chunk in batch.chunks.every_backward(grad_queries, grad_keys):
+        scorer = _Scorer(chunk, batch.parameters, options)
+        scorer.forward()
+        scorer.backward(of_groups[chunk.group_numbers, chunk.segments], grads)
     of_regions, of_words = (grad_keys, grad_queries) if options.t2i else (grad_queries, grad_keys)
     return of_regions.to(regions.dtype), of_words.to(words.dtype), like(grads, parameters)
 
 
-class _Batch:
+class Batch:
     """Both sides packed, the parameters as the products want them, and the chunks."""
 
     def __init__(
@@ -93,14 +82,11 @@ class _Batch:
         *,
         backward: bool,
     ) -> None:
-        # float16 has no fast product on most CPUs and loses nothing in float32.
-        dtype = torch.bfloat16 if regions.dtype == torch.bfloat16 else torch.float32
+        dtype = operand_dtype(regions.dtype)
         images, captions = Packed(regions, region_counts, dtype), Packed(words, word_counts, dtype)
-        self.queries, self.keys = (captions, images) if options.t2i else (images, captions)
-        self.parameters = rounded(parameters, regions.dtype, dtype)
+        self.parameters = rounded(parameters, regions.dtype)
         self.chunks = Chunks(
-            self.queries,
-            self.keys,
+            *((captions, images) if options.t2i else (images, captions)),
             row_bytes=_row_bytes(parameters, options, regions.shape[2], dtype.itemsize, backward=backward),
             matrices=2 * (options.alignments + 3) if backward else 4,
             workspace_bytes=workspace_bytes,
@@ -170,7 +156,7 @@ class _Scorer:
                     last=last,
                 )  # fmt: skip
                 self.regulated.append(regulated)
-                products, temperatures = regulated.products, regulated.temperatures
+                products, temperatures = regulated.products, regulated.temperatures.values
         if options.regulator == "rcr":
             weights = chunk.workspace.floats("weights at the end", *plain.shape)
             self.end = MeanCosine(
@@ -215,10 +201,10 @@ class _Scorer:
                 assert grad_temperatures is not None
                 passed = correspondence.regulate_backward(
                     chunk, self.regulated[step], aligned.rounded, grad_products, grad_temperatures, grad_gates,
-                    self._of("correspondence", step), _at(grads.correspondence, step), grad_vectors,
+                    self._of("correspondence", step), at_step(grads.correspondence, step), grad_vectors,
                 )  # fmt: skip
             grad_attended = alignment.align_backward(
-                chunk, aligned, grad_vectors, self._of("alignment", step), _at(grads.alignment, step)
+                chunk, aligned, grad_vectors, self._of("alignment", step), at_step(grads.alignment, step)
             )
             grad_weights = alignment.attended_backward(chunk, attention, grad_attended)
             grad_products, grad_temperatures = alignment.attend_backward(
@@ -233,7 +219,7 @@ class _Scorer:
 
     def _of(self, stage: str, step: int) -> Any:
         """The parameters of a stage's step."""
-        return _at(getattr(self.parameters, stage), step)
+        return at_step(getattr(self.parameters, stage), step)
 
     def _pooled(self) -> Tensor:  # [pairs, S]
         assert self.mean is not None
@@ -241,17 +227,17 @@ class _Scorer:
 
     def _pool(self, step: int) -> None:
         of_step = self._of("aggregation", step)
-        aligned = self.steps[-1].aligned
-        self.pooled.append(aggregation.pool(self.chunk, aligned, self._pooled(), of_step, self.dropout, step))
+        vectors = self.steps[-1].aligned.as_vectors()
+        self.pooled.append(aggregation.pool(self.chunk, vectors, self._pooled(), of_step, self.dropout, step))
 
     def _pool_backward(
         self, step: int, grad_pooled: Tensor | None, grads: RegulatedParameters, grad_vectors: Tensor
     ) -> Tensor:
         assert grad_pooled is not None
-        aligned = self.steps[step if self.options.regulator == "rcar" else 0].aligned
+        vectors = self.steps[step if self.options.regulator == "rcar" else 0].aligned.as_vectors()
         return aggregation.pool_backward(
-            self.chunk, self.pooled[step], aligned, grad_pooled, self._of("aggregation", step),
-            _at(grads.aggregation, step), grad_vectors, self.dropout, step,
+            self.chunk, self.pooled[step], vectors, grad_pooled, self._of("aggregation", step),
+            at_step(grads.aggregation, step), grad_vectors, self.dropout, step,
         )  # fmt: skip
 
     def _logits(self) -> Tensor:  # [pairs]
@@ -268,8 +254,3 @@ class _Scorer:
         grads.score.weight.addmv_(self._pooled().t(), grad_logits)
         grads.score.bias.add_(grad_logits.sum())
         return grad_logits[:, None] * score.weight
-
-
-def _at(stage: Any, step: int) -> Any:
-    """The tensors of one step of a stage."""
-    return type(stage)(*(tensor[step] for tensor in stage))

@@ -10,6 +10,7 @@ to make again, not the products with the alignment's weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple
 
@@ -20,10 +21,10 @@ from itm_kernels.native.cpu import filtration, graph, nodes
 from itm_kernels.native.cpu.filtration import Filter, Kept, Place
 from itm_kernels.native.cpu.nodes import Transforms, Wholes
 from itm_kernels.native.cpu.pair_chunks import Chunk, Chunks
-from itm_kernels.native.cpu.parameters import like, rounded, zeros_of
+from itm_kernels.native.cpu.parameters import at_step, like, operand_dtype, rounded, zeros_of
 from itm_kernels.native.packing import Packed
 from itm_kernels.ops.options import ReasoningOptions
-from itm_kernels.ops.parameters import AlignmentParameters, ReasoningParameters
+from itm_kernels.ops.parameters import ReasoningParameters
 
 
 class Inputs(NamedTuple):
@@ -46,7 +47,7 @@ def forward(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # [I, C], [2, C] or [2, 0] float32
     """Scores, chunk by chunk, and the statistics that normalised them."""
-    batch = _Batch(inputs, parameters, options, workspace_bytes, backward=False)
+    batch = Batch(inputs, parameters, options, workspace_bytes, backward=False)
     scores = torch.empty(batch.images, batch.captions, dtype=torch.float32, device="cpu")
     used = torch.empty(2, batch.captions if batch.filter else 0, dtype=torch.float32, device="cpu")
     if statistics is not None:
@@ -56,7 +57,7 @@ def forward(
     return scores, used
 
 
-def _score_block(batch: _Batch, start: int, stop: int, scores: Tensor, used: Tensor) -> None:
+def _score_block(batch: Batch, start: int, stop: int, scores: Tensor, used: Tensor) -> None:
     """Scores of a block of captions, and its statistics. What is kept goes with the block: memory for one is enough."""
     kept = batch.first_pass(start, stop) if batch.options.batch_statistics else None
     if kept is not None:
@@ -76,7 +77,7 @@ def backward(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, ReasoningParameters]:
     """Gradients in the dtypes of the inputs."""
-    batch = _Batch(inputs, parameters, options, workspace_bytes, backward=True)
+    batch = Batch(inputs, parameters, options, workspace_bytes, backward=True)
     grads = _Gradients.zeros_of(inputs, parameters)
     for start, stop in batch.blocks():
         of_block = None if statistics is None else statistics[:, start:stop].float().contiguous()
@@ -90,7 +91,7 @@ def backward(
 
 
 def _differentiate_block(
-    batch: _Batch,
+    batch: Batch,
     start: int,
     stop: int,
     grad_scores: Tensor,  # [I, captions]
@@ -138,7 +139,7 @@ class _Gradients(NamedTuple):
         return _Gradients(regions, words, image_global, caption_global, of_parameters, steps)
 
 
-class _Batch:
+class Batch:
     """Both sides packed, the parameters as the products want them, and the chunks."""
 
     def __init__(
@@ -150,19 +151,16 @@ class _Batch:
         *,
         backward: bool,
     ) -> None:
-        # float16 has no fast product on most CPUs and loses nothing in float32.
-        dtype = torch.bfloat16 if inputs.regions.dtype == torch.bfloat16 else torch.float32
+        dtype = operand_dtype(inputs.regions.dtype)
         self.regions = Packed(inputs.regions, inputs.region_counts, dtype)
         self.words = Packed(inputs.words, inputs.word_counts, dtype)
         self.images, self.captions = inputs.regions.shape[0], inputs.word_counts.shape[0]
         self.image_global = inputs.image_global.to(dtype).contiguous()
         self.caption_global = inputs.caption_global.to(dtype).contiguous()
         self.options, self.workspace_bytes = options, workspace_bytes
-        self.parameters = rounded(parameters, inputs.regions.dtype, dtype)
+        self.parameters = rounded(parameters, inputs.regions.dtype)
         self.transforms = _transforms(self.parameters)
         self.steps = graph.steps_of(self.parameters.graph)
-        filtration_, score = self.parameters.filtration, self.parameters.score
-        self.filter = None if filtration_ is None else Filter.of(filtration_, score, options.eps)
         self.chunks = Chunks(
             self.words,
             self.regions,
@@ -171,6 +169,12 @@ class _Batch:
             workspace_bytes=workspace_bytes,
             backward=backward,
         )
+
+    @cached_property
+    def filter(self) -> Filter | None:
+        """SAF's; it is read here, where a plan, whose parameters have no values, does not come."""
+        of_filter, score = self.parameters.filtration, self.parameters.score
+        return None if of_filter is None else Filter.of(of_filter, score, self.options.eps)
 
     @property
     def width(self) -> int:
@@ -189,19 +193,19 @@ class _Batch:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First and last caption of each block; for training statistics few enough that their nodes can be kept."""
         for start, stop in self.chunks.query_blocks():
-            if not self.options.batch_statistics:
+            if self.options.batch_statistics:
+                yield from filtration.parts_that_fit(start, stop, self.fit)
+            else:
                 yield start, stop
-                continue
-            first = start
-            for end in range(start + 1, stop + 1):
-                if end == stop or not self._fit(first, end + 1):
-                    yield first, end
-                    first = end
 
-    def _fit(self, start: int, stop: int) -> bool:
+    def fit(self, start: int, stop: int) -> bool:
         """Whether a quarter of the workspace holds the nodes of captions ``start`` to ``stop`` against all images."""
+        return self.bytes_of_nodes(start, stop) <= self.workspace_bytes // 4
+
+    def bytes_of_nodes(self, start: int, stop: int) -> int:
+        """What they take."""
         count = self.images * (self.words.bounds[stop] - self.words.bounds[start] + stop - start)
-        return 4 * count * (self.width + 2) <= self.workspace_bytes // 4
+        return 4 * count * (self.width + 2)
 
     def scorers(
         self, start: int, stop: int, kept: Kept | None, *, keeps: bool = False, grad_queries: Tensor | None = None
@@ -229,7 +233,7 @@ class _Batch:
 
     def _kept(self, start: int, stop: int) -> Kept:
         offsets = self.words.offsets_of(start, stop)
-        return Kept(self.chunks.workspace, offsets, self.images, self.width, keeps=self._fit(start, stop))
+        return Kept(self.chunks.workspace, offsets, self.images, self.width, keeps=self.fit(start, stop))
 
     def _passing(self, start: int, stop: int, kept: Kept) -> Iterator[_Scorer]:
         for chunk in self.chunks.of_block(start, stop):
@@ -242,13 +246,13 @@ class _Batch:
 def _transforms(parameters: ReasoningParameters) -> Transforms:
     """The two alignments, which have one step."""
     both = (parameters.local_alignment, parameters.global_alignment)
-    return Transforms(*(AlignmentParameters(*(tensor[0] for tensor in of)) for of in both))
+    return Transforms(*(at_step(of, 0) for of in both))
 
 
 class _Scorer:
     """The stages of one chunk in order, and back."""
 
-    def __init__(self, batch: _Batch, chunk: Chunk, start: int, stop: int, place: Place | None) -> None:
+    def __init__(self, batch: Batch, chunk: Chunk, start: int, stop: int, place: Place | None) -> None:
         self.batch, self.chunk, self.place = batch, chunk, place
         self.captions = slice(start, stop)
         self.wholes = Wholes(batch.image_global[chunk.group_numbers], batch.caption_global[start:stop])

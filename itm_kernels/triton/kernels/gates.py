@@ -3,6 +3,7 @@
 """The correspondence regulator between its products: tanh of rows behind a bias, the gate of queries, and back.
 
     out = tanh(y + b)      t = tanh(z + b)    e = clamp(t + e_before, -1, 1)    u = q e      e_before = 1 at the first
+    t_r = relu(u . tanh(y + b) + c + t_before)
     du -> dq += du e,  de = du q + de_after,  dp = de where |t + e_before| <= 1, else 0,  dz = dp (1 - t^2)
 
 Row ``g L + l`` is query l facing key group g. Owner: a program owns some rows and a slice of their width; in the
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from itm_kernels.triton.ahead_of_time import ARGUMENT_TYPES, Build, arguments
-from itm_kernels.triton.kernels.squared_difference import load_rows, load_tile, store_tile
+from itm_kernels.triton.kernels.squared_difference import load_rows, load_tile, store_rows, store_tile
 from itm_kernels.triton.pair_tiles import GATED_ROWS, ROWS, SUM_ROWS, SUM_WIDTH, WIDTH
 
 
@@ -33,7 +34,7 @@ def tanh_of(x):
 
 
 @triton.jit
-def _tile(width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def owned_tile(width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Number of the program among those that share its columns, rows from a first one on, columns."""
     program, across = tl.program_id(0), tl.cdiv(width, BLOCK_D)
     part = program // across
@@ -42,7 +43,7 @@ def _tile(width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def tanh_rows(rows, bias, out, count, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    _, first, row, o_column = _tile(width, BLOCK_N, BLOCK_D)
+    _, first, row, o_column = owned_tile(width, BLOCK_N, BLOCK_D)
     m_column = o_column < width
     mask = (row < count - first)[:, None] & m_column[None, :]
     x = load_tile(rows, first, row, o_column, width, mask) + tl.load(bias + o_column, mask=m_column, other=0.0)[None, :]
@@ -50,11 +51,36 @@ def tanh_rows(rows, bias, out, count, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def warm_rows(
+    rows, bias, weight, shift, before, temperature, temperatures, count, width, CHAINED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Rows are overwritten by their tanh; without CHAINED all start from one temperature.
+    o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row = o_row < count
+    along = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, width, BLOCK_D):
+        o_column = start + tl.arange(0, BLOCK_D)
+        m_column = o_column < width
+        mask = m_row[:, None] & m_column[None, :]
+        x = load_rows(rows, o_row, o_column, width, mask)
+        t = tanh_of(x + tl.load(bias + o_column, mask=m_column, other=0.0)[None, :])
+        store_rows(rows, o_row, o_column, width, mask, t)
+        along += tl.sum(t * tl.load(weight + o_column, mask=m_column, other=0.0)[None, :], 1)
+    warmer = along + tl.load(shift)
+    if CHAINED:
+        warmer += tl.load(before + o_row, mask=m_row, other=0.0)
+    else:
+        warmer += temperature
+    tl.store(temperatures + o_row, tl.where(warmer < 0.0, 0.0, warmer), mask=m_row)
+
+
+@triton.jit
 def tanh_rows_backward(
     tangents, grad, factors, out, sums, count, width, OUTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     # OUTER: the gradient at tanh is the outer product of `grad [rows]` and `factors [width]`.
-    part, first, row, o_column = _tile(width, BLOCK_N, BLOCK_D)
+    part, first, row, o_column = owned_tile(width, BLOCK_N, BLOCK_D)
     m_column = o_column < width
     mask = (row < count - first)[:, None] & m_column[None, :]
     t = load_tile(tangents, first, row, o_column, width, mask)
@@ -79,7 +105,7 @@ def gate_queries(
     KEEPS: tl.constexpr, HANDS_ON: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Rows are z, overwritten by gated queries; gates may take the place of those before.
-    _, first, row, o_column = _tile(width, BLOCK_N, BLOCK_D)
+    _, first, row, o_column = owned_tile(width, BLOCK_N, BLOCK_D)
     m_column = o_column < width
     mask = (row < count - first)[:, None] & m_column[None, :]
     x = load_tile(rows, first, row, o_column, width, mask) + tl.load(bias + o_column, mask=m_column, other=0.0)[None, :]
@@ -100,7 +126,7 @@ def gate_queries_backward(
     CHAINED: tl.constexpr, CARRIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # The gradient at gated queries is overwritten by that at z; CARRIES: that at the gates by that at those before.
-    part, first, row, o_column = _tile(width, BLOCK_N, BLOCK_D)
+    part, first, row, o_column = owned_tile(width, BLOCK_N, BLOCK_D)
     m_column = o_column < width
     mask = (row < num_queries - first)[:, None] & m_column[None, :]
     q = load_tile(queries, first, row, o_column, width, mask)
@@ -135,6 +161,12 @@ def _builds() -> list[Build]:
         signature = arguments(kernel, pointers, **constants)
         builds.append(Build(kernel, signature, constants, tensor_cores=False, labels=labels))
 
+    names = ("rows", "bias", "weight", "shift", "before", "temperatures")
+    for chained in (True, False):
+        types, label = {name: "*fp32" for name in names}, "chained" if chained else "first"
+        constants = streamed | {"CHAINED": chained}
+        signature = arguments(warm_rows, types | {"temperature": "fp32"}, **constants)
+        builds.append(Build(warm_rows, signature, constants, tensor_cores=False, labels=(label,)))
     for element in ARGUMENT_TYPES:
         wide = {name: "fp32" for name in ("bias", "factors", "sums", "grad_queries", "grad_gates")}
         add(tanh_rows, wide | {"rows": "fp32", "out": element}, streamed, element)

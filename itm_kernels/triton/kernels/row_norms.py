@@ -50,9 +50,9 @@ def normalise_rows(
 
 @triton.jit
 def normalise_rows_backward(
-    rows, norms, grad, count, width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    rows, norms, grad, rounded, count, width, ROUNDS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    # The gradient is overwritten.
+    # The gradient is overwritten; ROUNDS: products want it in another dtype as well.
     o_row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_row = o_row < count
     norm = tl.load(norms + o_row, mask=m_row, other=0.0)
@@ -70,17 +70,19 @@ def normalise_rows_backward(
         x = load_rows(rows, o_row, o_column, width, mask)
         dy = (load_rows(grad, o_row, o_column, width, mask) - x * pull[:, None]) * scale[:, None]
         store_rows(grad, o_row, o_column, width, mask, dy)
+        if ROUNDS:
+            store_rows(rounded, o_row, o_column, width, mask, dy)
 
 
 def _builds() -> list[Build]:
     blocks = {"BLOCK_N": ROWS, "BLOCK_D": WIDTH}
     types = {name: "*fp32" for name in ("rows", "bias", "norms", "grad")}
-    builds = [Build(normalise_rows_backward, arguments(normalise_rows_backward, types, **blocks), blocks,
-                    tensor_cores=False)]  # fmt: skip
+    builds = []
     for rounded in ("bf16", "fp32"):
         constants = blocks | {"ROUNDS": rounded != "fp32"}
-        signature = arguments(normalise_rows, types | {"rounded": f"*{rounded}"}, **constants)
-        builds.append(Build(normalise_rows, signature, constants, tensor_cores=False, labels=(rounded,)))
+        for kernel in (normalise_rows, normalise_rows_backward):
+            signature = arguments(kernel, types | {"rounded": f"*{rounded}"}, **constants)
+            builds.append(Build(kernel, signature, constants, tensor_cores=False, labels=(rounded,)))
     return builds
 
 
