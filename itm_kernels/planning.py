@@ -19,7 +19,8 @@ from itm_kernels.planners import Blocks, Plan, PlannedBatch
 
 __all__ = ["Blocks", "Plan", "plan"]
 
-OPS = ("cross_attention_scores", "max_similarity_scores")
+OPS = ("cross_attention_scores", "max_similarity_scores", "regulated_scores", "similarity_reasoning_scores")
+WITH_SIMILARITY = ("regulated_scores", "similarity_reasoning_scores")
 PHASES = ("forward", "backward", "forward+backward")
 
 
@@ -46,18 +47,21 @@ def plan(
     Parameters
     ----------
     op
-        ``"cross_attention_scores"`` or ``"max_similarity_scores"``.
+        ``"cross_attention_scores"``, ``"max_similarity_scores"``, ``"regulated_scores"`` or
+        ``"similarity_reasoning_scores"``.
     word_counts
         ``[C]`` on the host; None with ``W``: only the padded size is known and every caption counts W words.
     S
-        Similarity width of the ops that have one; an error for scores.
+        Similarity width, for the last two ops; an error for the others. Their hidden widths are as published: 2 S of
+        the gate, S / 2 of the temperature.
     device, arch
         ``"cpu"``, or ``"cuda"`` with an architecture such as ``"sm_80"`` or ``"sm_90a"``: None is the visible GPU, else
         ``"sm_90a"``. A plan is arithmetic: it needs neither a GPU nor the CUDA kernels.
     phase
         ``"forward"``, ``"backward"`` or ``"forward+backward"``.
     options
-        Options of the op, checked.
+        Options of the op, checked. Instead of ``batch_norm`` and its state ``similarity_reasoning_scores`` takes
+        ``eps``.
 
     Raises
     ------
@@ -69,8 +73,10 @@ def plan(
     if op not in OPS:
         raise ValueError(f"plan: op must be one of {', '.join(OPS)}, got {op!r}")
     planner = importlib.import_module(f"itm_kernels.planners.{op}")
-    if S is not None:
+    if op not in WITH_SIMILARITY and S is not None:
         raise ValueError(f"plan: {op} has no similarity width S, got {S}")
+    if op in WITH_SIMILARITY and (S is None or S < 1):
+        raise ValueError(f"plan: {op} has a similarity width S, which must be at least 1, got {S}")
     if phase not in PHASES:
         raise ValueError(f"plan: phase must be one of {', '.join(PHASES)}, got {phase!r}")
     for name, value, least in (
@@ -92,7 +98,7 @@ def plan(
     elif dtype == torch.float64:
         raise RuntimeError(f"plan: {op} has no native plan on {device.type} with {dtype}: {FLOAT64}")
     counts, known = _counts(C, word_counts, W)
-    batch = PlannedBatch(I, R, counts, D, chosen, dtype, workspace_bytes)
+    batch = PlannedBatch(I, R, counts, D, chosen, dtype, workspace_bytes, S or 0)
     phases = [name for name in ("forward", "backward") if name in phase]
     made: Plan = planner.on_cpu(batch, phases) if machine is None else planner.on_gpu(batch, phases, machine)
     if known:

@@ -70,6 +70,8 @@ class PlannedBatch:
     options: Any  # the op's record of options
     dtype: torch.dtype
     workspace_bytes: int
+    similarity_width: int = 0
+    """S; 0 for an op that has none."""
 
     @property
     def longest(self) -> int:
