@@ -88,8 +88,8 @@ def backward(
 class Moments:
     """Mean and biased variance of the logits of each caption, gathered block by block.
 
-    Sums over a pair are float32, of images float64. They are of deviations from the caption's mean over the first images,
-    which is near that over all: the square of the difference, which is taken off in the end, is a part of the variance.
+    Sums over a pair are float32, of images float64. They are of deviations from the caption's mean over the first
+    images, which is near that over all: the square of the difference, taken off in the end, is a part of the variance.
     """
 
     def __init__(self) -> None:
