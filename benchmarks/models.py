@@ -63,11 +63,10 @@ class ModelWorkload:
             for parameter in self.module.parameters():
                 parameter.mul_(2)
         self.module.eval()
-        extras = self.extra_inputs(regions.detach(), words.detach())
+        self.names, inputs = zip(*self.make_inputs(regions.detach(), words.detach()).items(), strict=True)
         parameters = [p.detach().to(dtype).requires_grad_() for p in self.flat_parameters()]
-        self.leaves = tuple(t.detach().requires_grad_() for t in (regions, words, *extras)) + tuple(parameters)
-        self.inputs = 2 + len(extras)
-        self.grad_scores = normal(case.images, case.captions)
+        self.leaves = tuple(t.detach().requires_grad_() for t in inputs) + tuple(parameters)
+        self.grad_scores = normal(*self.output_shape())
 
     def make(self) -> torch.nn.Module:
         """The module whose parameters are taken."""
@@ -77,9 +76,21 @@ class ModelWorkload:
         """Its parameters as the op takes them, those that are there."""
         raise NotImplementedError
 
-    def extra_inputs(self, regions: Tensor, words: Tensor) -> list[Tensor]:
-        """What the op takes beside regions and words."""
-        return []
+    def make_inputs(self, regions: Tensor, words: Tensor) -> dict[str, Tensor]:  # [I, R, D], [C, W, D]
+        """What the op takes beside parameters, by name."""
+        return {"regions": regions, "words": words}
+
+    def cut(self, name: str, tensor: Tensor, images: int, captions: int) -> Tensor:
+        """Of an input what belongs to the first images and captions."""
+        return tensor[: images if name in ("regions", "image_global") else captions]
+
+    def output_shape(self) -> tuple[int, ...]:
+        """Of what the op makes."""
+        return self.case.images, self.case.captions
+
+    def part(self, images: int, captions: int) -> tuple[slice, ...]:
+        """Where in it the first images and captions stand."""
+        return slice(images), slice(captions)
 
     def scores(self, inputs: Sequence[Tensor], word_counts: Any, parameters: Sequence[Tensor]) -> Tensor:
         """The op."""
@@ -88,6 +99,27 @@ class ModelWorkload:
     def products(self) -> list[Product]:
         """The products of the forward, packed."""
         raise NotImplementedError
+
+    def attended(self, way: str) -> list[Product]:
+        """Keys summed by the weights of every query of every pair; as many FLOPs as gated products take."""
+        images, regions, d = self.case.images, self.case.regions, self.case.width
+        if way == "t2i":
+            return [Product(self.num_words, regions, d, images)]
+        return [Product(images * regions, count, d) for count in self.word_counts]
+
+    def graph_products(self, steps: int) -> list[Product]:
+        """SGR's: queries and keys by one product of a node; the last step asks for the global nodes alone."""
+        images, s = self.case.images, SIMILARITY_WIDTH
+        pairs = images * self.case.captions
+        made = []
+        for step in range(steps):
+            last = step == steps - 1
+            rows = pairs if last else images * self.num_words + pairs
+            made += [Product(rows, s, s), Product(rows, s, s)]
+            for count in self.word_counts:
+                asking = 1 if last else count + 1
+                made += [Product(asking, s, count + 1, images), Product(asking, count + 1, s, images)]
+        return made
 
     def flops(self, phase: str) -> int:
         forward = sum(product.flops for product in self.products())
@@ -107,7 +139,7 @@ class ModelWorkload:
 
         def scores(*leaves: Tensor) -> Tensor:
             with use_backend(backend):
-                return self.scores(leaves[: self.inputs], layout, leaves[self.inputs :])
+                return self.scores(leaves[: len(self.names)], layout, leaves[len(self.names) :])
 
         return scores
 
@@ -116,17 +148,17 @@ class ModelWorkload:
         """Of some pairs; the gradients of these alone where they are all there is."""
         images, captions = min(self.case.images, PARITY_IMAGES), min(self.case.captions, PARITY_CAPTIONS)
         whole = (images, captions) == (self.case.images, self.case.captions)
-        leaves = [leaf.detach().double() for leaf in self.leaves]
-        cut = [leaf[: captions if i % 2 else images] for i, leaf in enumerate(leaves[: self.inputs])]
-        leaves = [leaf.requires_grad_(whole) for leaf in (*cut, *leaves[self.inputs :])]
+        count = len(self.names)
+        leaves = [leaf.detach() for leaf in self.leaves]
+        cut = [self.cut(name, leaf, images, captions) for name, leaf in zip(self.names, leaves, strict=False)]
+        leaves = [leaf.double().requires_grad_(whole) for leaf in (*cut, *leaves[count:])]
         with use_backend("reference"), torch.set_grad_enabled(whole):
-            scores = self.scores(leaves[: self.inputs], self.word_counts[:captions], leaves[self.inputs :])
-        parts = [Part("scores of some pairs", 0, (slice(images), slice(captions)), scores.detach())]
+            scores = self.scores(leaves[:count], self.word_counts[:captions], leaves[count:])
+        parts = [Part("scores of some pairs", 0, self.part(images, captions), scores.detach())]
         if whole:
             grads = torch.autograd.grad(scores, leaves, self.grad_scores.double())
-            names = ["gradients of regions", "gradients of words"]
-            parts += [Part(name, i + 1, slice(None), grads[i]) for i, name in enumerate(names)]
-            largest = max(range(self.inputs, len(leaves)), key=lambda i: leaves[i].numel())
+            parts += [Part(f"gradients of {name}", i + 1, slice(None), grads[i]) for i, name in enumerate(self.names)]
+            largest = max(range(count, len(leaves)), key=lambda i: leaves[i].numel())
             parts.append(Part("gradients of the largest parameter", largest + 1, slice(None), grads[largest]))
         return parts
 

@@ -248,6 +248,9 @@ def _comparisons(options: argparse.Namespace, device: torch.device, left: Callab
                 if (not options.method or method in options.method) and method not in (options.without or ())
             )
             for case in dict.fromkeys(options.case):
+                if not ops.fits(op, CASES[case], device):
+                    print(f"{op} {case} {direction}: left out: its output would be gigabytes", flush=True)
+                    continue
                 dtypes = tuple(DTYPES[name] for name in dict.fromkeys(options.dtype))
                 yield Comparison(
                     op,

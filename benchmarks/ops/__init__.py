@@ -1,7 +1,8 @@
 """One module per op, by the op's name.
 
-A module has ``DIRECTIONS``, ``METHODS`` and ``workload(case, direction, dtype, device) -> Workload``. An op joins by a
-module of its own and its name in ``OPS``.
+A module has ``DIRECTIONS``, ``METHODS`` and ``workload(case, direction, dtype, device) -> Workload``; with ``LARGEST``,
+images or captions of the largest batch by kind of device, where an output stands for every query of every pair. An op
+joins by a module of its own and its name in ``OPS``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ OPS = (
     "max_similarity_scores",
     "regulated_scores",
     "similarity_reasoning_scores",
+    "alignment_vectors",
+    "correspondence_regulator",
+    "aggregation_regulator",
+    "attention_filtration",
+    "similarity_graph",
 )
 
 
@@ -52,3 +58,9 @@ class OpModule(Protocol):
 
 def load(op: str) -> OpModule:
     return cast(OpModule, importlib.import_module(f"{__name__}.{op}"))
+
+
+def fits(op: str, case: Case, device: torch.device) -> bool:
+    """Whether a batch is small enough for an op whose output is as large as an intermediate of the others."""
+    largest: dict[str, int] | None = getattr(load(op), "LARGEST", None)
+    return largest is None or max(case.images, case.captions) <= largest[device.type]

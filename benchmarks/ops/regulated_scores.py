@@ -75,16 +75,10 @@ class RegulatedWorkload(ModelWorkload):
         queries = images * n if way == "t2i" else self.case.captions * images * regions
         made = [Product(images * regions, d, n)]
         for _ in range(alignments):
-            made += [*self._attended(way), Product(queries, d, s)]
+            made += [*self.attended(way), Product(queries, d, s)]
         for _ in range(corrections):
             made += [Product(queries, s, 2 * s), Product(queries, 2 * s, d), Product(queries, s, s // 2)]
-            made += self._attended(way)  # as many FLOPs as the gated products with the keys
+            made += self.attended(way)  # as many FLOPs as the gated products with the keys
         for _ in range(aggregations):
             made += [Product(queries, s, s), Product(images * self.case.captions, s, s)]
         return made
-
-    def _attended(self, way: str) -> list[Product]:
-        images, regions, d = self.case.images, self.case.regions, self.case.width
-        if way == "t2i":
-            return [Product(self.num_words, regions, d, images)]
-        return [Product(images * regions, count, d) for count in self.word_counts]

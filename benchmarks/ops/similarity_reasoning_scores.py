@@ -54,11 +54,12 @@ class ReasoningWorkload(ModelWorkload):
         self.present = [tensor is not None for tensor in flat]
         return [tensor for tensor in flat if tensor is not None]
 
-    def extra_inputs(self, regions: Tensor, words: Tensor) -> list[Tensor]:
+    def make_inputs(self, regions: Tensor, words: Tensor) -> dict[str, Tensor]:
         assert isinstance(self.module, (AttentionFiltrationScorer, SimilarityGraphScorer))
         with torch.no_grad():
             found = self.module.globals(regions.float(), words.float(), self.word_counts)
-        return [tensor.to(self.dtype) for tensor in found]
+        image_global, caption_global = (tensor.to(self.dtype) for tensor in found)
+        return {**super().make_inputs(regions, words), "image_global": image_global, "caption_global": caption_global}
 
     def scores(self, inputs: Sequence[Tensor], word_counts: Any, parameters: Sequence[Tensor]) -> Tensor:
         rest = iter(parameters)
@@ -81,13 +82,4 @@ class ReasoningWorkload(ModelWorkload):
             Product(images * n, d, s),
             Product(pairs, d, s),
         ]
-        if self.direction == "sgr":
-            nodes = images * n + pairs
-            for step in range(STEPS):
-                last = step == STEPS - 1
-                # Queries and keys by one product of a node; the last step asks for the global nodes alone.
-                made += [Product(pairs if last else nodes, s, s), Product(pairs if last else nodes, s, s)]
-                for count in self.word_counts:
-                    asking = 1 if last else count + 1
-                    made += [Product(asking, s, count + 1, images), Product(asking, count + 1, s, images)]
-        return made
+        return made + (self.graph_products(STEPS) if self.direction == "sgr" else [])
