@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import itm_kernels
-from helpers import Batch, random_batch
+from helpers import SCORE_FLOOR, Batch, Place, random_batch
+from itm_kernels.native import load_error
 from itm_kernels.ops.parameters import (
     SHAPES,
     AggregationParameters,
@@ -24,6 +26,14 @@ from itm_kernels.ops.parameters import (
 )
 
 S, H, U = 6, 9, 5
+FLOORS = [
+    ("reference", torch.float64),
+    ("eager", torch.float64),
+    pytest.param("native", torch.float32, marks=pytest.mark.skipif(bool(load_error()), reason=str(load_error()))),
+]
+"""What runs on a CPU, each in the widest dtype that it takes."""
+floors = pytest.mark.parametrize(("backend", "dtype"), FLOORS)
+ROUNDING = {torch.float64: 1e-14, torch.float32: SCORE_FLOOR}
 RECORDS: dict[str, Any] = {
     "correspondence_regulator": CorrespondenceParameters,
     "aggregation_regulator": AggregationParameters,
@@ -69,10 +79,11 @@ class StageBatch:
     upstream: tuple[Tensor, ...]
     """One for each output, float64."""
 
-    def to(self, dtype: torch.dtype) -> StageBatch:
-        """In another dtype."""
-        moved = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        buffers = tuple(b.to(dtype) if b.is_floating_point() else b for b in self.buffers)
+    def to(self, target: torch.dtype | str) -> StageBatch:
+        """In another dtype, or on another device."""
+        moved = {name: tensor.to(target) for name, tensor in self.tensors.items()}
+        on_device = isinstance(target, str)
+        buffers = tuple(b.to(target) if on_device or b.is_floating_point() else b for b in self.buffers)
         return dataclasses.replace(self, tensors=moved, buffers=buffers)
 
     def outputs(self, tensors: dict[str, Tensor], buffers: tuple[Tensor, ...] = (), **more: Any) -> tuple[Tensor, ...]:
@@ -94,7 +105,7 @@ class StageBatch:
             if "hidden" in tensors:
                 # The scores of a state are for the next attention alone.
                 options["state"] = itm_kernels.CorrespondenceState(
-                    torch.empty(0), tensors["temperature"], tensors["hidden"]
+                    tensors["hidden"].new_empty(0), tensors["temperature"], tensors["hidden"]
                 )
             return tuple(function(tensors["alignments"], *sides, counts, parameters, **options))
         if case.op == "aggregation_regulator":
@@ -217,10 +228,20 @@ def run_stage(made: StageBatch, backend: str | None = None, **more: Any) -> Stag
         # The layers that came in go out again; what this step adds is the last one.
         outputs = (*outputs[:2], outputs[2][-1])
     grads = torch.autograd.grad(
-        outputs, list(leaves.values()), [g.to(o.dtype) for g, o in zip(made.upstream, outputs, strict=True)]
+        outputs, list(leaves.values()), [g.to(o) for g, o in zip(made.upstream, outputs, strict=True)]
     )
     found = dict(zip(leaves, grads, strict=True))
     return StageResult(tuple(output.detach() for output in outputs), found, buffers)
+
+
+def run_at(place: Place, made: StageBatch, **more: Any) -> StageResult:
+    """The same on the floor and the device of a place; what it gave is on the host."""
+    result = run_stage(made.to(place.device), place.floor, **more)
+    return StageResult(
+        tuple(output.cpu() for output in result.outputs),
+        {name: grad.cpu() for name, grad in result.gradients.items()},
+        tuple(buffer.cpu() for buffer in result.buffers),
+    )
 
 
 def truth_of(made: StageBatch, **more: Any) -> StageResult:

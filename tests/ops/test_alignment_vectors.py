@@ -9,7 +9,7 @@ import torch
 
 from itm_kernels import alignment_vectors, caption_layout
 from stage_suite import StageSuite, refused
-from stages import Case, run_stage, stage_batch
+from stages import Case, floors, run_stage, stage_batch
 
 OP = "alignment_vectors"
 
@@ -22,9 +22,9 @@ class TestAlignmentVectors(StageSuite):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_one_temperature_is_the_same_for_all_queries(backend: str) -> None:
-    made = stage_batch(Case(OP, {}, ("temperature",)), 1)
+@floors
+def test_one_temperature_is_the_same_for_all_queries(backend: str, dtype: torch.dtype) -> None:
+    made = stage_batch(Case(OP, {}, ("temperature",)), 1).to(dtype)
     made.tensors["temperature"].fill_(4.0)
     (expected,) = run_stage(made, backend).outputs
     del made.tensors["temperature"]
@@ -32,9 +32,10 @@ def test_one_temperature_is_the_same_for_all_queries(backend: str) -> None:
     assert not torch.equal(run_stage(made, backend).outputs[0], expected)  # 9
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_padded_words_are_packed_whatever_form_their_counts_have(direction: str) -> None:
-    made = stage_batch(Case(OP, {"direction": direction}), 2)
+def test_padded_words_are_packed_whatever_form_their_counts_have(direction: str, dtype: torch.dtype) -> None:
+    made = stage_batch(Case(OP, {"direction": direction}), 2).to(dtype)
     (expected,) = run_stage(made).outputs
     tensors, counts = made.padded().tensors, made.batch.word_counts
     words = tensors["words"].requires_grad_()
@@ -54,10 +55,10 @@ def test_padded_words_are_packed_whatever_form_their_counts_have(direction: str)
         assert (grad[words.isnan()] == 0).all()
 
 
-@pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_regions_that_do_not_count_have_zeros(direction: str) -> None:
-    made = stage_batch(Case(OP, {"direction": "i2t"}), 3)
-    (vectors,) = run_stage(made).outputs
+@floors
+def test_regions_that_do_not_count_have_zeros(backend: str, dtype: torch.dtype) -> None:
+    made = stage_batch(Case(OP, {"direction": "i2t"}), 3).to(dtype)
+    (vectors,) = run_stage(made, backend).outputs
     beyond = made.batch.padding()[0]
     assert beyond.any()
     assert not vectors[beyond].any()

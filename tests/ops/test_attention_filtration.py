@@ -10,7 +10,7 @@ from torch import nn
 
 from itm_kernels import FiltrationParameters, attention_filtration
 from stage_suite import StageSuite, refused
-from stages import Case, run_stage, stage_batch
+from stages import Case, floors, run_stage, stage_batch
 
 OP = "attention_filtration"
 
@@ -19,11 +19,11 @@ class TestAttentionFiltration(StageSuite):
     cases = tuple(Case(OP, {"training": training}, ("global_alignments",)) for training in (False, True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@floors
 @pytest.mark.parametrize("training", [False, True])
-def test_buffers_are_those_of_a_module_run_once_a_caption(training: bool, backend: str) -> None:
-    made = stage_batch(Case(OP, {"training": training}, ("global_alignments",)), 1)
-    module = nn.BatchNorm1d(1).double()
+def test_buffers_are_those_of_a_module_run_once_a_caption(training: bool, backend: str, dtype: torch.dtype) -> None:
+    made = stage_batch(Case(OP, {"training": training}, ("global_alignments",)), 1).to(dtype)
+    module = nn.BatchNorm1d(1).to(dtype)
     before = tuple(buffer.clone() for buffer in made.buffers)
     module.running_mean, module.running_var, module.num_batches_tracked = (buffer.clone() for buffer in before)
     module.train(training)

@@ -9,7 +9,7 @@ import torch
 
 from itm_kernels import CorrespondenceParameters, CorrespondenceState, correspondence_regulator
 from stage_suite import StageSuite, refused
-from stages import Case, stage_batch
+from stages import Case, floors, stage_batch
 
 OP = "correspondence_regulator"
 
@@ -22,27 +22,28 @@ class TestCorrespondenceRegulator(StageSuite):
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@floors
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_hidden_layers_add_up(direction: str, backend: str) -> None:
-    made = stage_batch(Case(OP, {"direction": direction, "step": 2}, ("hidden", "temperature")), 1, region_counts=False)
+def test_hidden_layers_add_up(direction: str, backend: str, dtype: torch.dtype) -> None:
+    case = Case(OP, {"direction": direction, "step": 2}, ("hidden", "temperature"))
+    made = stage_batch(case, 1, region_counts=False).to(dtype)
     _, _, hidden = made.outputs(made.tensors, backend=backend)
     assert hidden.shape[0] == 3
     assert torch.equal(hidden[:2], made.tensors["hidden"])
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_a_gate_of_ones_leaves_the_plain_products(backend: str) -> None:
-    made = stage_batch(Case(OP), 2, region_counts=False)
+@floors
+def test_a_gate_of_ones_leaves_the_plain_products(backend: str, dtype: torch.dtype) -> None:
+    made = stage_batch(Case(OP), 2, region_counts=False).to(dtype)
     tensors = {**made.tensors, "gate_weight": torch.zeros_like(made.tensors["gate_weight"])}
     tensors["gate_bias"] = torch.full_like(made.tensors["gate_bias"], 9.0)  # tanh is 1: the clamp holds the gate at 1
     scores = made.outputs(tensors, backend=backend)[0]
     torch.testing.assert_close(scores, made.tensors["regions"] @ made.tensors["words"].t())
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_the_first_temperature_is_an_option(backend: str) -> None:
-    made = stage_batch(Case(OP), 3)
+@floors
+def test_the_first_temperature_is_an_option(backend: str, dtype: torch.dtype) -> None:
+    made = stage_batch(Case(OP), 3).to(dtype)
     ten = made.outputs(made.tensors, backend=backend)[1]
     four = made.outputs(made.tensors, backend=backend, temperature=4.0)[1]
     torch.testing.assert_close(ten - four, torch.full_like(ten, 6.0))  # the relu passes both

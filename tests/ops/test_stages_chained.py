@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers import relative_error, score_error
+from helpers import SCORE_FLOOR, relative_error, score_error
 from itm_kernels import (
     aggregation_regulator,
     alignment_vectors,
@@ -17,8 +17,21 @@ from itm_kernels import (
     correspondence_regulator,
     similarity_graph,
 )
-from models import GLOBALS, NORM, SIDES, Case, ModelBatch, assert_model_exact, model_batch, run_model
+from itm_kernels.ops.options import WORKSPACE_BYTES
+from models import (
+    GLOBALS,
+    NORM,
+    SIDES,
+    Case,
+    ModelBatch,
+    assert_model_exact,
+    assert_model_ladder,
+    model_batch,
+    model_truth,
+    run_model,
+)
 from models import ModelResult as Result
+from stage_suite import IN_BLOCKS, skip_without
 
 DROPPED = {"dropout": 0.4, "seed": 2**40, "image_offset": 3, "caption_offset": 9}
 REGULATED = [
@@ -131,12 +144,26 @@ def test_in_blocks_as_well(case: Case) -> None:
     assert_model_exact(chained(made, backend="eager", workspace_bytes=1), run_model(made, "reference"), case)
 
 
+@pytest.mark.parametrize("workspace_bytes", [1, WORKSPACE_BYTES], ids=["tiny", "usual"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
 @pytest.mark.parametrize("case", [*REGULATED, *REASONED], ids=str)
-def test_in_bfloat16_as_near_as_the_composite(case: Case) -> None:
+def test_in_float32_as_near_as_the_composite(case: Case, form: str, workspace_bytes: int) -> None:
+    skip_without("native", "alignment_vectors")
+    made = model_batch(case, 34, region_counts=True)
+    made = made.packed() if form == "packed" else made
+    mine, its = chained(made, backend="native", workspace_bytes=workspace_bytes), run_model(made, "native")
+    assert_model_ladder(mine, its, model_truth(made), case)
+    assert score_error(mine.scores, its.scores) <= SCORE_FLOOR
+
+
+@pytest.mark.parametrize("backend", IN_BLOCKS)
+@pytest.mark.parametrize("case", [*REGULATED, *REASONED], ids=str)
+def test_in_bfloat16_as_near_as_the_composite(case: Case, backend: str) -> None:
     # Alignments go from stage to stage in float32; the matrices say that products run in bfloat16.
+    skip_without(backend, "alignment_vectors")
     made = model_batch(case, 33, region_counts=True).to(torch.bfloat16)
     true = run_model(made.to(torch.float64), "reference")
-    mine, its = chained(made, backend="eager"), run_model(made, "eager")
+    mine, its = chained(made, backend=backend), run_model(made, backend)
     assert score_error(mine.scores, true.scores) <= 2 * score_error(its.scores, true.scores)
     assert score_error(mine.scores, its.scores) <= score_error(its.scores, true.scores)
     for name in SIDES:
