@@ -46,6 +46,12 @@ class _Chunk(NamedTuple):
     named: Tensor | None  # [b, h, q] bool
 
 
+def bytes_of_group(keys: int, width: int, columns: int, options: ConstraintOptions, dtype: torch.dtype) -> int:
+    """What one group of keys takes against ``columns`` queries, beside the terms."""
+    numbers = (2 + options.detach_swapped) * keys * columns + 4 * keys * (width + keys)
+    return numbers * score_dtype(dtype).itemsize
+
+
 class AllPairs:
     """A batch, and how it comes apart."""
 
@@ -83,9 +89,7 @@ class AllPairs:
     def blocks(self) -> Iterator[_Keys]:
         """Groups of keys; half of the workspace for what they need beside the terms."""
         (groups, keys), columns = self.key_valid.shape, self.rows.shape[0]
-        group_bytes = (
-            (2 + self.options.detach_swapped) * keys * columns + 4 * keys * (self.keys.shape[2] + keys)
-        ) * self.wide.itemsize
+        group_bytes = bytes_of_group(keys, self.keys.shape[2], columns, self.options, self.dtype)
         step = max(1, self.workspace_bytes // 2 // group_bytes)
         for start in range(0, groups, step):
             of_block = slice(start, start + step)

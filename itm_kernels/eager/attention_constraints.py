@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from itm_kernels.eager.all_constraints import AllPairs
+from itm_kernels.eager.all_constraints import AllPairs, bytes_of_group
 from itm_kernels.eager.chosen_pairs import PairBlock, pair_blocks, put, valid_regions, valid_words
 from itm_kernels.eager.constraint_terms import CPU_BLOCK_BYTES, Products, arrays_of, lengths_of, terms_of_products
 from itm_kernels.eager.norms import product
@@ -168,9 +168,20 @@ def _products(keys: Tensor, queries: Tensor, dtype: torch.dtype) -> Tensor:  # [
     return product(keys, queries.transpose(1, 2), dtype)
 
 
-def _together(regions: Tensor, gate: Tensor | None, temperature: Tensor | None) -> bool:
+def _together(
+    regions: Tensor,  # [I, R, D]
+    words: Tensor,  # [C, W, D]
+    gate: Tensor | None,
+    temperature: Tensor | None,
+    options: ConstraintOptions,
+    workspace_bytes: int,
+) -> bool:
+    """Whether every pair goes through one product: not where that of one group of keys is more than may be held."""
+    queries, keys = (words, regions) if options.t2i else (regions, words)
+    of_group = bytes_of_group(keys.shape[1], keys.shape[2], queries.shape[:2].numel(), options, regions.dtype)
     # A gate makes other products of every pair; a GPU adds up what is swapped in twice in whatever order.
-    return regions.device.type == "cpu" and gate is None and temperature is None
+    alone = gate is None and temperature is None and regions.device.type == "cpu"
+    return alone and of_group <= workspace_bytes // 2
 
 
 def forward(
@@ -187,7 +198,7 @@ def forward(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [P, Q] each
     """Both terms and where they are valid, block by block."""
-    if pairs is None and _together(regions, gate, temperature):
+    if pairs is None and _together(regions, words, gate, temperature, options, workspace_bytes):
         return AllPairs(regions, words, word_counts, region_counts, swapped, options, workspace_bytes).forward()
     inputs = _Inputs(regions, words, word_counts, region_counts, pairs, swapped, gate, temperature, options)
     shape = inputs.pairs.shape[0], inputs.queries()[0].shape[1]
@@ -215,7 +226,7 @@ def backward(
     workspace_bytes: int,
 ) -> tuple[Tensor | None, ...]:  # of regions, words, gate, temperature
     """Gradients, block by block; float32 accumulators for half-precision inputs."""
-    if pairs is None and _together(regions, gate, temperature):
+    if pairs is None and _together(regions, words, gate, temperature, options, workspace_bytes):
         batch = AllPairs(regions, words, word_counts, region_counts, swapped, options, workspace_bytes)
         return (*batch.backward(grad_ccr, grad_ccs), None, None)
     inputs = _Inputs(regions, words, word_counts, region_counts, pairs, swapped, gate, temperature, options)

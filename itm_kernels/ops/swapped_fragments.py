@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ def swapped_words(
     captions, longest = tokens.shape
     counts = _host_counts(op, "word_counts", word_counts, captions, longest)
     groups = _groups(op, image_groups, captions)
+    if not isinstance(special, Iterable) or not all(isinstance(token, int) for token in special):
+        raise TypeError(f"{op}: special must be token ids, got {special!r}")
     if tokens.device.type != "cpu":
         raise ValueError(f"{op}: tokens must be on the host, got a tensor on {tokens.device}")
     valid = torch.arange(longest, device="cpu") < counts[:, None]

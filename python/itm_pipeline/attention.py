@@ -33,6 +33,17 @@ HELD = 12
 """Arrays of the size of a pair's regions and words that are held for it: what is encoded, and gates of some steps."""
 
 
+def check_judged(model: MatchingModel, split: PrecompSplit) -> None:
+    """Raise ``UserError`` unless words of the model attend, its features fit, and regions have boxes."""
+    _check_attends(model)
+    check_fits(model, split)
+    if split.boxes is None:
+        raise UserError(
+            f"{split.folder}: {split.split}_ims_bbx.npy is missing, the boxes of the regions, which the attention is "
+            "judged by; write it when features are extracted"
+        )
+
+
 def _check_attends(model: MatchingModel) -> None:
     """Refuse a model whose words attend to nothing."""
     if getattr(model.sim_enc, "direction", "t2i") == "i2t":
@@ -120,13 +131,7 @@ def attention_metrics(
         The model's words attend to nothing (i2t), the features do not fit it, the split has no boxes, or no word could
         be judged.
     """
-    _check_attends(model)
-    check_fits(model, split)
-    if split.boxes is None:
-        raise UserError(
-            f"{split.folder}: {split.split}_ims_bbx.npy is missing, the boxes of the regions, which the attention is "
-            "judged by; write it when features are extracted"
-        )
+    check_judged(model, split)
     judged = sum(len(caption.boxed) for caption in words)
     if not judged:
         raise UserError(f"{split.folder}: no word of the captions of {split.split} has a box, so nothing can be judged")
@@ -249,7 +254,7 @@ def attention_table(found: dict[str, Any]) -> str:
             + [result["average"]]
             + [_number(result[name]) for name in ("precision", "recall", "f1", "mean_f1", "pointing")]
             + [str(result["queries"]), str(result["skipped"])]
-            + [_number(curve["best_f1"]), "" if curve["best_threshold"] is None else f"> {curve['best_threshold']:.4f}"]
+            + [_number(curve["best_f1"]), f"> {curve['best_threshold']:.6g}" if curve["best_f1"] else ""]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]

@@ -62,7 +62,7 @@ def check(config: TrainConfig) -> None:
     if not 0 <= config.augment_captions <= 1:
         raise UserError(f"--augment-captions must be a share from 0 to 1, got {config.augment_captions}")
     _check_model(config.model)
-    _check_constraints(config.constraints, config.model)
+    _check_constraints(config.constraints, config.model, config.epochs)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -100,11 +100,15 @@ def _check_applies(model: ModelConfig) -> None:
             raise UserError(f"{option} {value} would do nothing with {scorer}: leave it out")
 
 
-def _check_constraints(constraints: ConstraintConfig, model: ModelConfig) -> None:
+def _check_constraints(constraints: ConstraintConfig, model: ModelConfig, epochs: int) -> None:
     for name in ("ccr", "ccs", "ccr_margin", "ccs_margin", "constraint_warmup_epochs"):
         value = getattr(constraints, name)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
+    if constraints.active and constraints.constraint_warmup_epochs > epochs:
+        raise UserError(
+            f"--constraint-warmup-epochs must be within --epochs {epochs}, got {constraints.constraint_warmup_epochs}"
+        )
     if constraints.ccs_swap == "content" and model.scorer == "regulated":
         raise UserError("--ccs-swap must be query with --scorer regulated, got content: a swap has no gate of its own")
     taken = {"ccr", "ccs"}

@@ -160,7 +160,7 @@ class TrainConfig:
     grad_clip: float = 2.0
     """Largest norm of the whole gradient."""
     precision: Precision = "fp32"
-    """bf16: products under bfloat16 autocast; weights, loss and optimiser stay float32."""
+    """bf16: products under bfloat16 autocast; weights, loss, constraints and optimiser stay float32."""
     backend: Backend = "auto"
     """Which implementation of the scores to run; one that cannot run here is an error, auto takes the fastest."""
     workspace_mib: int = 256

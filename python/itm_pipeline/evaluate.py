@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from itm_pipeline.attention import attention_metrics
+from itm_pipeline.attention import attention_metrics, check_judged
 from itm_pipeline.data import PrecompSplit
 from itm_pipeline.entities import read_words
 from itm_pipeline.environment import pick_device
@@ -91,6 +92,7 @@ def evaluate(
     block_bytes = (block_mib if block_mib is not None else folder.config.eval_block_mib) * 2**20
     judged: dict[str, Any] = {}
     if attention is not None:  # first: files of strangers fail early
+        check_judged(model, pictures)
         found = attention_metrics(
             model,
             pictures,
@@ -108,8 +110,11 @@ def evaluate(
     metrics = protocol(matrix, pictures.captions_per_image)
     if scores is not None:
         replace_file(scores, lambda temporary: _save_array(temporary, matrix))
+    path, epoch = metrics_path(run, split, checkpoint, fold5=fold5), checkpoint_epoch(saved.values)
+    if attention is None:
+        judged = _judged_before(path, epoch, str(pictures.folder))
     write_json(
-        metrics_path(run, split, checkpoint, fold5=fold5),
+        path,
         {
             "split": split,
             "data": str(pictures.folder),
@@ -117,12 +122,22 @@ def evaluate(
             "captions": pictures.num_captions,
             "protocol": "five folds" if fold5 else "full",
             "checkpoint": checkpoint,
-            "epoch": checkpoint_epoch(saved.values),
+            "epoch": epoch,
             "metrics": metrics,
             **judged,
         },
     )
     return metrics
+
+
+def _judged_before(path: Path, epoch: object, data: str) -> dict[str, Any]:
+    """Attention of the same model on the same data, which an evaluation without it must not take away."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or none that can be read
+        return {}
+    same = isinstance(found, dict) and found.get("epoch") == epoch and found.get("data") == data
+    return {"attention": found["attention"]} if same and "attention" in found else {}
 
 
 def _check_attention_options(folder: Path | None, threshold: float | None, average: str) -> None:

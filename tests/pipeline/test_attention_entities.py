@@ -175,6 +175,10 @@ def test_overlaps_by_hand() -> None:
     ("objects", "message"),
     [
         (f"<object>{box(1, 2, 3, 4)}</object>", "object 1: must have names that are numbers of chains, got []"),
+        (
+            "<object>" + "<name>1</name><name>2</name>" * 60 + box(1, 2, 3, 4) * 5_001 + "</object>",
+            "object 1: puts more than 10000 boxes into chains",
+        ),
         (f"<object><name>man</name>{box(1, 2, 3, 4)}</object>", "object 1: must have names that are numbers of chains"),
         (f"<object><name>1</name>{box(1, 2, 3, 'x')}</object>", "object 1: a box must have the numbers xmin, ymin"),
         (f"<object><name>1</name>{box(1, 2, 3, 'nan')}</object>", "object 1: a box must have the numbers"),

@@ -241,10 +241,23 @@ def test_five_folds_have_attention_too(runs: dict[str, Path], data: Path) -> Non
 
 
 def test_without_the_option_there_is_none(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    path = runs["scan-t2i"] / "metrics-test.json"
+    path.unlink(missing_ok=True)
     metrics = evaluate(runs["scan-t2i"], device="cpu", scores=tmp_path / "s.npy")
-    written = json.loads((runs["scan-t2i"] / "metrics-test.json").read_text())
-    assert "attention" not in written
+    assert "attention" not in json.loads(path.read_text())
     assert metrics == retrieval(np.load(tmp_path / "s.npy"))
+
+
+def test_it_stays_when_recalls_are_made_again(runs: dict[str, Path], data: Path) -> None:
+    """Until the weights are others."""
+    path = runs["scan-t2i"] / "metrics-test.json"
+    evaluate(runs["scan-t2i"], attention=data, device="cpu")
+    first = json.loads(path.read_text())
+    evaluate(runs["scan-t2i"], device="cpu")
+    assert json.loads(path.read_text()) == first
+    path.write_text(json.dumps(first | {"epoch": first["epoch"] + 1}))
+    evaluate(runs["scan-t2i"], device="cpu")
+    assert "attention" not in json.loads(path.read_text())
 
 
 def test_requests_that_cannot_be_met_write_nothing(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:

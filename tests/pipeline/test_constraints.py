@@ -163,6 +163,10 @@ def test_without_them_nothing_is_logged(data: Path, tmp_path: Path) -> None:
             {"ccr": 0.5, "constraint_warmup_epochs": -1},
             "--constraint-warmup-epochs must be a number of at least 0, got -1",
         ),
+        (
+            {"ccr": 0.5, "constraint_warmup_epochs": 1000},
+            "--constraint-warmup-epochs must be within --epochs 30, got 1000",
+        ),
         ({"ccs": 0.5, "ccr_margin": 0.3}, "--ccr-margin would do nothing without --ccr: leave it out"),
         ({"ccr": 0.5, "ccs_margin": 0.3}, "--ccs-margin would do nothing without --ccs: leave it out"),
         ({"ccr": 0.5, "ccs_swap": "content"}, "--ccs-swap would do nothing without --ccs: leave it out"),

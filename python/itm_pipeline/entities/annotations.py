@@ -23,6 +23,10 @@ Boxes = dict[str, npt.NDArray[np.float64]]
 """[n, 4] for each chain that has boxes: x1 y1 x2 y2 in pixels counted from 0."""
 
 
+MOST_BOXES = 10_000
+"""Boxes of a file, once for each chain that they belong to: an object with many names and boxes multiplies them."""
+
+
 def read_boxes(path: Path) -> Boxes:
     """Boxes of every chain that has some; the file counts pixels from 1.
 
@@ -33,13 +37,14 @@ def read_boxes(path: Path) -> Boxes:
     ------
     UserError
         The file is missing, too large, no well-formed XML, declares a DTD or an entity, or holds something else than
-        annotations.
+        annotations, or more than :data:`MOST_BOXES` boxes.
     """
     refuse_large(path)
     root = _parse(path)
     if root.tag != "annotation":
         raise UserError(f"{path}: starts with <{root.tag[:40]}>, annotations of Flickr30K Entities with <annotation>")
     found: dict[str, list[list[float]]] = {}
+    count = 0
     # Direct children, no walk: what is nested a million deep is not visited.
     for number, entry in enumerate(root.findall("object"), start=1):
         where = f"{path} object {number}"
@@ -47,7 +52,13 @@ def read_boxes(path: Path) -> Boxes:
         if not names or not all(_CHAIN.fullmatch(name) for name in names):
             raise UserError(f"{where}: must have names that are numbers of chains, got {[n[:20] for n in names]}")
         boxes = [_box(entry_box, where) for entry_box in entry.findall("bndbox")]
-        for name in names:
+        named = list(dict.fromkeys(names))
+        count += len(named) * len(boxes)
+        if count > MOST_BOXES:
+            raise UserError(
+                f"{where}: puts more than {MOST_BOXES} boxes into chains, which no picture has; take a fresh copy"
+            )
+        for name in named:
             found.setdefault(name, []).extend(boxes)
     return {name: np.array(boxes, dtype=np.float64) for name, boxes in found.items() if boxes}
 
