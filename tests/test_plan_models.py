@@ -92,6 +92,28 @@ def test_workspace_covers_what_is_held(op: str, options: dict[str, Any]) -> None
         assert peak <= made.workspace_bytes + inputs, phase
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_nodes_that_are_kept_are_counted(dtype: torch.dtype) -> None:
+    """Those of all images, while SAF in training has a block of captions."""
+    chosen = similarity_reasoning_scores.options_of("t2i", {"training": True})
+    counts = [9, 3, 7, 5, 8, 2] * 10
+    batch = PlannedBatch(400, 5, torch.tensor(counts), 256, chosen, dtype, 12 << 20, 32)
+    shapes = learned.shapes_of(batch, "meta")
+    scorer = similarity_reasoning_scores.scorer_of(batch, machine_of_arch("sm_90a"))
+    native.host()
+    for phase in ("forward", "backward"):
+        assert scorer.keeps_on_gpu(phase, shapes, 12 << 20)
+        made = plan(
+            "similarity_reasoning_scores", 400, 60, 5, counts, 256, S=32, training=True, phase=phase, dtype=dtype,
+            workspace_bytes=12 << 20, device="cuda", arch="sm_90a",
+        )  # fmt: skip
+        results = shapes.results() | scorer.results(shapes)
+        ran = rehearse(scorer.call(phase, shapes, 12 << 20), "meta", but_for=results)
+        assert len(made.blocks[phase].images) > 3  # more than a rehearsal sees
+        assert ran.peak_bytes <= made.workspace_bytes <= 12 << 20, phase
+        assert made.workspace_bytes <= 1.3 * ran.peak_bytes, phase
+
+
 @pytest.mark.parametrize(
     ("op", "more", "error", "words"),
     [

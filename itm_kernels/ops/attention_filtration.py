@@ -116,7 +116,9 @@ def attention_filtration(
     tensors = [alignments, global_alignments, counts, offsets, statistics, *parameters]
     pooled, used = differentiable(_SIGNATURE, tensors, (*options.as_arguments(), workspace_bytes, requested(backend)))
     if options.training and images and captions:
-        update_buffers(norm, used.detach(), images * (counts + 1))
+        # As the floors count them, where words stand in padding.
+        counted = counts if alignments.dim() == 3 else counts.clamp(1, alignments.shape[2])
+        update_buffers(norm, used.detach(), images * (counted + 1))
     return pooled
 
 

@@ -70,7 +70,7 @@ def update_buffers(norm: BatchNorm, statistics: Tensor, numbers: Tensor) -> None
         kept = seen / (seen + captions)
     else:
         past = torch.arange(captions - 1, -1, -1, device=mean.device, dtype=mean.dtype)
-        rest = torch.tensor(1 - norm.momentum, dtype=mean.dtype, device=mean.device)
+        rest = torch.full((), 1 - norm.momentum, dtype=mean.dtype, device=mean.device)
         shares, kept = norm.momentum * rest**past, rest**captions
     for buffer, values in ((norm.running_mean, mean), (norm.running_var, variance)):
         buffer.copy_(buffer.to(mean.dtype) * kept + (shares * values).sum())

@@ -102,7 +102,9 @@ class Moments:
         segments, counts = block.queries.segments, block.queries.counts
         means = block.floats(block.pairs, 1)
         block.steps.mean_rows(block, of_words.reshape(-1, 1), means)
-        middle = torch.lerp(of_wholes.mean(0), means.view(block.groups, -1).mean(0), counts / (counts + 1))
+        middle = torch.lerp(
+            of_wholes.mean(0), means.view(block.groups, -1).mean(0), (counts.double() / (counts + 1)).float()
+        )
         self._near = middle[(segments - segments[0]).clamp_(min=0).long()]  # [L]; rows of the padding take any
         self._counts = counts.double()
         self._sums = torch.zeros(2, block.segments, dtype=torch.float64, device=of_wholes.device)

@@ -75,7 +75,7 @@ def backward(
         for block, groups, segments in blocks.backward_blocks(*sides):
             scorer = RegulatedScorer(block, parameters, options)
             scorer.run()
-            scorer.backward(of_groups[groups, segments].contiguous(), grads)
+            scorer.backward(of_groups[groups, segments].clone(memory_format=torch.contiguous_format), grads)
             del block, scorer
         return grad_regions.to(regions.dtype), grad_words.to(words.dtype), grads.of(given)
 

@@ -108,7 +108,7 @@ def backward(
                 scorer.wholes = scorer.wholes._replace(
                     grad_images=of_images[groups], grad_captions=of_captions[segments]
                 )
-                scorer.backward(grad_scores[groups, segments].contiguous(), passed, grads)
+                scorer.backward(_copied(grad_scores[groups, segments]), passed, grads)
                 del block, scorer
         of_parameters = grads.parameters
         if grads.graph is not None:
@@ -186,13 +186,18 @@ class Batch:
         total, counts, kept = torch.zeros_like(statistics, dtype=torch.float64), None, []
         for block, groups, segments in self.blocks.forward_blocks([span]):
             scorer = self.scorer(block, groups, segments, [])
-            total += scorer.slopes(grad_scores[groups, segments].contiguous(), statistics)
+            total += scorer.slopes(_copied(grad_scores[groups, segments]), statistics)
             if self.keeps:
                 kept.append(scorer.find_logits())
             counts = block.queries.counts
             del block, scorer
         assert counts is not None, "there is an image"
         return (total / (self.images * (1 + counts))).to(torch.float32), kept
+
+
+def _copied(grad_scores: Tensor) -> Tensor:
+    """Always, so that every block launches alike."""
+    return grad_scores.clone(memory_format=torch.contiguous_format)
 
 
 def _bytes(words: Side, channels: int, steps: int, element: int, *, backward: bool) -> tuple[int, int]:

@@ -77,6 +77,10 @@ class Scorer(Hashable, Protocol):
     """What a planner says of its op; hashable, for what is counted once is not counted again."""
 
     @property
+    def similarity_width(self) -> int:
+        """S."""
+
+    @property
     def t2i(self) -> bool:
         """Whether words are the queries."""
 
@@ -157,9 +161,15 @@ def on_gpu(scorer: Scorer, batch: PlannedBatch, phases: list[str], machine: Mach
         launches += total([c.launches for c in counted], keys=len(key_cuts), queries=len(query_cuts))
         rows = _bounds(shapes, t2i=scorer.t2i)
         sizes = [rows[stop] - rows[start] for start, stop in query_cuts]
-        most = max(c.peak_bytes for c in counted)
-        workspace = max(workspace, -(-most * max(sizes) // sizes[0]))
         keeps = [scorer.keeps_on_gpu(phase, shapes, batch.workspace_bytes)] * len(query_cuts)
+        # A later block of queries may be larger than those that were gone through.
+        peaks = [c.peak_bytes * max(sizes) // max(sizes[:n]) + 1 for c, n in zip(counted, (1, 1, 2), strict=True)]
+        if keeps[0]:  # of every image, as long as a block of queries lasts; two blocks of images were gone through
+            seen = key_cuts[min(1, len(key_cuts) - 1)][1]
+            nodes = max(rows[stop] - rows[start] + stop - start for start, stop in query_cuts)
+            # One more for the tables that are held meanwhile.
+            peaks.append(peaks[1] + (shapes.images - seen + 1) * nodes * 4 * (scorer.similarity_width + 2))
+        workspace = max(workspace, *peaks)
         flops += _flops(scorer, phase, shapes, query_cuts, keeps, device="meta")
         if not scorer.t2i:
             lengths = shapes.word_counts

@@ -99,6 +99,17 @@ def test_rows_that_begin_anywhere(case: Case) -> None:
 
 
 @cases
+def test_whatever_the_default_dtype_is(case: Case) -> None:
+    made = model_batch(case, 13, shortest=2, **SMALL).to(torch.float32)
+    expected = run_model(made, "native").scores
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(run_model(made, "native").scores, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@cases
 def test_a_nan_stays_in_its_caption(case: Case) -> None:
     made = model_batch(case, 1, shortest=3).to(torch.float32)
     made.batch.words[2, 0, 0] = math.nan
