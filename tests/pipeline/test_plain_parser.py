@@ -75,6 +75,18 @@ def test_it_refuses_by_name_with_code_2(
     assert told in capsys.readouterr().err
 
 
+def options_of(config: Any) -> list[str]:
+    """Of every field, and of the fields of those that are records; where the set is has names of its own."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found += [] if field.name == "dataset" else options_of(value)
+        else:
+            found.append("--" + field.name.replace("_", "-"))
+    return found
+
+
 def test_help_names_every_option_and_preset(without_tyro: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "--help"])
@@ -82,9 +94,10 @@ def test_help_names_every_option_and_preset(without_tyro: None, capsys: pytest.C
     shown = capsys.readouterr().out
     for preset in PRESETS.values():
         assert preset.summary in shown
-    fields: list[Any] = [f for f in dataclasses.fields(from_preset("scan-t2i", Path("D"))) if f.name != "dataset"]
-    for field in fields:
-        assert field.name == "model" or "--" + field.name.replace("_", "-") in shown
+    config = from_preset("scan-t2i", Path("D"))
+    assert options_of(config)
+    for option in options_of(config):
+        assert option in shown
     assert "default: 0.0002" in shown
     assert "pip install 'itm-kernels[pipeline]'" in shown
 
