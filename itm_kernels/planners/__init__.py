@@ -38,7 +38,8 @@ class Plan:
         Queries in a tile of the epilogue, by direction (on a CPU more where one query segment is longer; on a GPU of
         the last phase, and 0 where queries are taken one by one).
     launches
-        Library products and kernels of all phases.
+        Library products and kernels of all phases; of ops that learn on a GPU a few too many where a later block is
+        larger than the first.
     workspace_bytes
         Most memory that lives beside inputs, gradients and scores.
     flops

@@ -69,8 +69,9 @@ def test_half_precision_against_eager(case: Case, dtype: torch.dtype) -> None:
         made = stage_batch(case, 30 + seed, images=6, captions=6, regions=12, words=9, width=24, shortest=3).to(dtype)
         runs.append((run_stage(made, "native"), run_stage(made, "eager"), truth_of(made)))
     if case.op == "correspondence_regulator":
-        # A gate goes from step to step in the dtype of the inputs, and starts on the clamp's own edge: whether a number
-        # falls on the other side of it is no question of precision, and one that does is most of these errors.
+        # Not compared: over 16 batches the median error of `gate_weight` was four times that of eager. A gate goes from
+        # step to step in the dtype of the inputs and starts on the clamp's own edge, which numbers may cross; that this
+        # is the cause is supposed, not shown.
         for result in (result for run in runs for result in run):
             for name in ("hidden", "gate_weight", "gate_bias"):
                 result.gradients.pop(name)
